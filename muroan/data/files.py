@@ -1,0 +1,61 @@
+"""Reading image and sound files, with one clear error for what is missing or corrupt."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image as PILImage
+
+from muroan.errors import MuroanError
+from muroan.modalities import Audio, Modality
+
+SKIP = "fix the file, or set dataset.skip_bad=true to leave such samples out and count them"
+
+
+def read_file(path: Path, modality: Modality) -> Any:
+    """A file as the raw value that the modality prepares.
+
+    Raises:
+        MuroanError: the file is missing or cannot be decoded; the message names it.
+    """
+    return read_audio(path, modality.rate) if isinstance(modality, Audio) else read_image(path)
+
+
+def read_image(path: Path) -> PILImage.Image:
+    if not path.is_file():
+        raise MuroanError(f"image file {path} is missing: {SKIP}")
+    try:
+        with PILImage.open(path) as image:
+            image.load()
+            return image.copy()
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for broken files
+        raise MuroanError(f"image file {path} cannot be decoded ({error}): {SKIP}") from None
+
+
+def read_audio(path: Path, rate: int) -> np.ndarray:
+    """A WAV file as mono floats in -1 to 1, resampled to `rate`."""
+    from scipy.io import wavfile
+    from scipy.signal import resample_poly
+
+    if not path.is_file():
+        raise MuroanError(f"audio file {path} is missing: {SKIP}")
+    try:
+        found, wave = wavfile.read(path)
+    except (OSError, ValueError, EOFError) as error:
+        raise MuroanError(f"audio file {path} cannot be decoded as WAV ({error}): {SKIP}") from None
+    if wave.size == 0:
+        raise MuroanError(f"audio file {path} holds no samples: {SKIP}")
+    if wave.dtype == np.uint8:
+        wave = (wave.astype(np.float32) - 128) / 128
+    elif np.issubdtype(wave.dtype, np.integer):
+        wave = wave.astype(np.float32) / -float(np.iinfo(wave.dtype).min)
+    wave = wave.astype(np.float32)
+    if wave.ndim == 2:
+        wave = wave.mean(1)
+    if found != rate:
+        ratio = Fraction(rate, found)
+        wave = resample_poly(wave, ratio.numerator, ratio.denominator).astype(np.float32)
+    return wave

@@ -1,0 +1,194 @@
+"""What is measured: pure functions for the maths, thin `torchmetrics.Metric` classes that sum across processes.
+
+Every figure of a run is a mean or a median of one column over samples, NaN where a sample has no say in it
+(a sample that was wrong before the attack has none in the success rate). That makes the bootstrap one function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric, Metric
+
+from muroan.modalities import stable_seed
+from muroan.results import AttackResult
+
+CURVE_LIMIT = 10.0  # percent of the input up to which the area under the success curve is taken
+
+
+def success_curve(fractions: Sequence[float], attacked: int) -> tuple[np.ndarray, np.ndarray]:
+    """Success rate as a function of the decoupled fraction.
+
+    Args:
+        fractions: decoupled fraction, in percent, of every flipped sample.
+        attacked: number of attacked samples, flipped or not.
+
+    Returns:
+        x, y: (K,) sorted fractions and the percentage of attacked samples flipped by removing no more than that.
+
+    >>> success_curve([2.0, 0.5], attacked=4)
+    (array([0.5, 2. ]), array([25., 50.]))
+    """
+    x = np.sort(np.asarray(fractions, dtype=float))
+    return x, 100 * np.arange(1, len(x) + 1) / max(1, attacked)
+
+
+def curve_score(fraction: float, limit: float = CURVE_LIMIT) -> float:
+    """One flipped sample's share of the area under the success curve from 0 to `limit` percent, 0 to 1.
+
+    The mean over attacked samples (0 for one that held) is that area over the largest possible one.
+
+    >>> curve_score(2.5), curve_score(0.0), curve_score(40.0)
+    (0.75, 1.0, 0.0)
+    """
+    return max(0.0, 1 - fraction / limit)
+
+
+def columns(results: Sequence[AttackResult]) -> dict[str, tuple[np.ndarray, str]]:
+    """Every metric as a column over samples and how it is reduced (`mean` or `median`, of what is not NaN)."""
+    nan = float("nan")
+    modalities = sorted({name for r in results for name in r.total})
+
+    def column(value, among=lambda r: True) -> np.ndarray:
+        return np.array([float(value(r)) if among(r) else nan for r in results])
+
+    def attacked(r: AttackResult) -> bool:
+        return r.attacked
+
+    def flipped(r: AttackResult) -> bool:
+        return r.flipped
+
+    fraction = column(lambda r: r.decoupled_fraction, flipped)
+    table = {
+        "clean_accuracy": (100 * column(lambda r: r.clean_label == r.label), "mean"),
+        "robust_accuracy": (100 * column(lambda r: r.clean_label == r.label and not r.flipped), "mean"),
+        "attack_success_rate": (100 * column(lambda r: r.flipped, attacked), "mean"),
+        "decoupled_fraction_mean": (fraction, "mean"),
+        "decoupled_fraction_median": (fraction, "median"),
+        "curve_area": (
+            100 * column(lambda r: curve_score(r.decoupled_fraction) if r.flipped else 0, attacked),
+            "mean",
+        ),
+        "queries": (column(lambda r: r.queries, attacked), "mean"),
+        "forwards": (column(lambda r: r.forwards, attacked), "mean"),
+        "cache_hits": (column(lambda r: r.cache_hits, attacked), "mean"),
+    }
+    for name in modalities:
+        part = column(lambda r, name=name: r.modality_fraction(name), flipped)
+        table[f"decoupled_fraction_{name}_mean"] = (part, "mean")
+        table[f"decoupled_fraction_{name}_median"] = (part, "median")
+        alone = column(lambda r, name=name: r.removal.modalities == (name,), flipped)
+        table[f"modality_share_{name}"] = (100 * alone, "mean")
+    table["modality_share_joint"] = (100 * column(lambda r: len(r.removal.modalities) > 1, flipped), "mean")
+    table["interaction"] = (100 * column(lambda r: r.interaction is True, flipped), "mean")
+    audited = column(lambda r: r.one_minimal is True, lambda r: r.flipped and r.one_minimal is not None)
+    table["one_minimal"] = (100 * audited, "mean")
+    return table
+
+
+def reduce_column(column: np.ndarray, how: str, axis: int | None = None) -> np.ndarray | float:
+    """Mean or median of what is not NaN; NaN where nothing is left."""
+    with np.errstate(invalid="ignore"):
+        valid = ~np.isnan(column)
+        if how == "mean":
+            count = valid.sum(axis)
+            return np.where(count > 0, np.where(valid, column, 0).sum(axis) / np.maximum(count, 1), np.nan)
+        order = np.sort(column, axis=-1)  # NaN last
+        count = valid.sum(-1)
+        low, high = np.maximum(count - 1, 0) // 2, np.minimum(count // 2, column.shape[-1] - 1)
+        pick = (np.take_along_axis(order, np.expand_dims(i, -1), -1)[..., 0] for i in (low, high))
+        return np.where(count > 0, sum(pick) / 2, np.nan)
+
+
+def summarise(
+    results: Sequence[AttackResult], resamples: int = 1000, level: float = 0.95, seed: int = 0
+) -> dict[str, dict[str, float | None]]:
+    """Every metric of one attack with its bootstrap confidence interval.
+
+    Args:
+        results: one a sample, skipped ones included.
+        resamples: bootstrap resamples of the samples; percentile intervals.
+        level: of the interval.
+
+    Returns:
+        name -> {value, low, high}; None where there is nothing to measure (no sample flipped). Rates, fractions
+        and shares are in percent.
+    """
+    rng = np.random.default_rng(stable_seed("bootstrap", seed))
+    n = len(results)
+    draws = rng.integers(0, n, (resamples, n)) if n else np.zeros((resamples, 0), int)
+    tails = [100 * (1 - level) / 2, 100 * (1 + level) / 2]
+    summary: dict[str, dict[str, float | None]] = {}
+    for name, (column, how) in columns(results).items() if n else ():
+        value = float(reduce_column(column, how))
+        spread = np.asarray(reduce_column(column[draws], how, axis=-1))
+        spread = spread[~np.isnan(spread)]
+        low, high = np.percentile(spread, tails) if len(spread) else (np.nan, np.nan)
+        named = zip(("value", "low", "high"), (value, low, high), strict=True)
+        summary[name] = {key: None if np.isnan(x) else float(x) for key, x in named}
+    return summary
+
+
+class CleanAccuracy(MeanMetric):
+    """Percentage right without attack, over all samples."""
+
+    def update(self, clean: Tensor, labels: Tensor) -> None:  # type: ignore[override]
+        """
+        Args:
+            clean: (N,) predictions before the attack; labels: (N,).
+        """
+        super().update(100.0 * (clean == labels).double())
+
+
+class RobustAccuracy(MeanMetric):
+    """Percentage still right after the attack, over all samples."""
+
+    def update(self, clean: Tensor, adversarial: Tensor, labels: Tensor) -> None:  # type: ignore[override]
+        """
+        Args:
+            clean, adversarial, labels: (N,).
+        """
+        super().update(100.0 * ((clean == labels) & (adversarial == labels)).double())
+
+
+class AttackSuccessRate(MeanMetric):
+    """Percentage flipped, over attacked samples; those wrong before the attack are not counted."""
+
+    def update(self, flipped: Tensor, attacked: Tensor) -> None:  # type: ignore[override]
+        """
+        Args:
+            flipped, attacked: (N,) bool.
+        """
+        super().update(100.0 * flipped[attacked].double())
+
+
+class DecoupledFraction(Metric):
+    """Mean and median of the decoupled fraction, in percent, over flipped samples."""
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fractions: list[Tensor]
+        self.add_state("fractions", default=[], dist_reduce_fx="cat")
+
+    def update(self, fractions: Tensor, flipped: Tensor) -> None:
+        """
+        Args:
+            fractions: (N,) percent; flipped: (N,) bool.
+        """
+        self.fractions.append(fractions[flipped].double())
+
+    def compute(self) -> dict[str, Tensor]:
+        found = self.fractions
+        every = torch.cat(found) if isinstance(found, list) and found else torch.as_tensor(found or [])
+        if every.numel() == 0:
+            nothing = torch.tensor(float("nan"))
+            return {"decoupled_fraction_mean": nothing, "decoupled_fraction_median": nothing}
+        return {
+            "decoupled_fraction_mean": every.mean(),
+            "decoupled_fraction_median": torch.quantile(every, 0.5),
+        }

@@ -1,0 +1,1 @@
+"""Target models: `base` is the contract, then one file a model or fusion."""

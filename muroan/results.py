@@ -1,0 +1,251 @@
+"""Records of attacks: one line of JSON a sample, streamed to disk, and the folder of a run that can be resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from muroan.errors import MuroanError
+from muroan.modalities import Region, Removal
+
+Status = Literal["flipped", "held", "budget_exhausted", "skipped"]
+
+
+@dataclass(slots=True)
+class Count:
+    """What was spent in one phase: distinct questions, model forwards, and repeated questions answered for free."""
+
+    queries: int = 0
+    forwards: int = 0
+    cache_hits: int = 0
+
+
+@dataclass(slots=True)
+class AttackResult:
+    """What an attack did to one sample. Every figure is the engine's, none is claimed by the attack.
+
+    Attributes:
+        index: the sample's place in its dataset.
+        label, clean_label, adversarial_label: the true class, and the model's before and after.
+        status: `flipped`; `held` (the attack gave up); `budget_exhausted`; `skipped` (wrong before the attack).
+        regions: the winning removal, empty unless flipped: (modality, start, stop) a part.
+        removed, total: elements a modality, each removed one counted once.
+        ledger: what was spent, by phase. The attack's own phases come first; `clean`, `verify` and `audit` are
+            the engine's and no queries.
+        one_minimal: whether putting any one part back restores the label; None when not audited.
+        interaction: whether a removal across modalities flips while none of its one-modality parts does;
+            None when the removal lies in one modality.
+        info: what this attack adds of its own.
+        media: what a report needs to draw the sample, a modality; only for the first samples.
+    """
+
+    id: str
+    index: int
+    attack: str
+    label: int
+    clean_label: int
+    adversarial_label: int
+    status: Status
+    regions: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+    removed: dict[str, int] = field(default_factory=dict)
+    total: dict[str, int] = field(default_factory=dict)
+    ledger: dict[str, Count] = field(default_factory=dict)
+    one_minimal: bool | None = None
+    interaction: bool | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+    media: dict[str, Any] | None = None
+
+    @property
+    def removal(self) -> Removal:
+        return Removal.of(*(Region(name, tuple(start), tuple(stop)) for name, start, stop in self.regions))
+
+    @property
+    def attacked(self) -> bool:
+        return self.status != "skipped"
+
+    @property
+    def flipped(self) -> bool:
+        return self.status == "flipped"
+
+    @property
+    def decoupled_fraction(self) -> float:
+        """Removed elements over elements, of all modalities together, in percent."""
+        return 100 * sum(self.removed.values()) / max(1, sum(self.total.values()))
+
+    def modality_fraction(self, modality: str) -> float:
+        """Removed elements over elements of one modality, in percent."""
+        return 100 * self.removed.get(modality, 0) / max(1, self.total[modality])
+
+    @property
+    def queries(self) -> int:
+        """Distinct questions that the attack asked: what a budget limits."""
+        return sum(c.queries for c in self.ledger.values())
+
+    @property
+    def forwards(self) -> int:
+        """Model forwards run for this sample, the engine's own included."""
+        return sum(c.forwards for c in self.ledger.values())
+
+    @property
+    def cache_hits(self) -> int:
+        return sum(c.cache_hits for c in self.ledger.values())
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, line: str) -> AttackResult:
+        fields = json.loads(line)
+        fields["ledger"] = {phase: Count(**count) for phase, count in fields["ledger"].items()}
+        fields["regions"] = [(name, tuple(start), tuple(stop)) for name, start, stop in fields["regions"]]
+        return cls(**fields)
+
+
+def fingerprint(identity: Mapping[str, Any]) -> str:
+    """A short hash of all that decides what the records say."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file so that a reader sees the old file or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def read_records(path: Path) -> list[AttackResult]:
+    """The records of a file; a last line that a kill cut short is left out.
+
+    Raises:
+        MuroanError: another line is not a record.
+    """
+    lines = path.read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is empty or cut short
+        try:
+            records.append(AttackResult.from_json(line.decode()))
+        except (ValueError, TypeError, KeyError) as error:
+            raise MuroanError(
+                f"{path} line {number} is not an attack record ({error}): it was edited or written by another "
+                f"version; remove the file to attack these samples again"
+            ) from None
+    return records
+
+
+class RunFolder:
+    """The folder of one attack run.
+
+    Every process appends its records to a part file of its own; `finish` sorts all parts into `records.jsonl`.
+    A run that is started again finds the records of its parts and goes on from there.
+
+    Files: `run.json` (identity, config, versions, class names), `records.part-<rank>.jsonl` while running,
+    `records.jsonl` when finished.
+    """
+
+    def __init__(self, path: str | Path, rank: int = 0):
+        self.path, self.rank = Path(path), rank
+        self._part: TextIO | None = None
+
+    @property
+    def records_file(self) -> Path:
+        return self.path / "records.jsonl"
+
+    @property
+    def finished(self) -> bool:
+        return self.records_file.exists()
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """What `run.json` says.
+
+        Raises:
+            MuroanError: the folder holds no run.
+        """
+        try:
+            return json.loads((self.path / "run.json").read_text())
+        except FileNotFoundError:
+            raise MuroanError(
+                f"{self.path} holds no attack run (no run.json): name a folder that `muroan attack` wrote"
+            ) from None
+
+    def start(self, run: Mapping[str, Any]) -> None:
+        """Claim the folder for a run; call in one process.
+
+        Args:
+            run: plain JSON with at least `identity`, all that decides what the records say.
+
+        Raises:
+            MuroanError: the folder holds records of another configuration; the message names what differs.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        if (self.path / "run.json").exists():
+            old = self.run["identity"]
+            new = json.loads(json.dumps(run["identity"]))
+            if old != new:
+                raise MuroanError(
+                    f"{self.path} holds records of another configuration ({differences(old, new)}): "
+                    f"choose another folder with out=..., or remove this one"
+                )
+        write_json(self.path / "run.json", {**run, "fingerprint": fingerprint(run["identity"])})
+
+    def records(self) -> list[AttackResult]:
+        """All records so far, one a sample, sorted by the samples' order."""
+        files = [self.records_file] if self.finished else []
+        files += sorted(self.path.glob("records.part-*.jsonl"))
+        found: dict[tuple[str, str], AttackResult] = {}
+        for file in files:
+            for record in read_records(file):
+                found.setdefault((record.attack, record.id), record)
+        return sorted(found.values(), key=lambda r: (r.attack, r.index, r.id))
+
+    def append(self, result: AttackResult) -> None:
+        if self._part is None:
+            path = self.path / f"records.part-{self.rank}.jsonl"
+            if path.exists():
+                # Drop a line that a kill cut short, or the next one would be glued to it.
+                content = path.read_bytes()
+                os.truncate(path, content.rfind(b"\n") + 1)
+            self._part = path.open("a")
+        self._part.write(result.to_json() + "\n")
+        self._part.flush()
+
+    def close(self) -> None:
+        """Stop appending; `finish` comes later, in one process, when all have closed."""
+        if self._part is not None:
+            self._part.close()
+            self._part = None
+
+    def finish(self) -> list[AttackResult]:
+        """Sort the parts of all processes into `records.jsonl` and return the records."""
+        self.close()
+        records = self.records()
+        write_records(self.records_file, records)
+        for part in self.path.glob("records.part-*.jsonl"):
+            part.unlink()
+        return records
+
+
+def write_records(path: Path, records: Iterable[AttackResult]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text("".join(record.to_json() + "\n" for record in records))
+    temporary.replace(path)
+
+
+def differences(old: Any, new: Any, at: str = "") -> str:
+    """The first few values that differ between two configurations, for a message."""
+    found: list[str] = []
+
+    def walk(a: Any, b: Any, path: str) -> None:
+        if isinstance(a, dict) and isinstance(b, dict):
+            for key in sorted(a.keys() | b.keys()):
+                walk(a.get(key), b.get(key), f"{path}.{key}" if path else key)
+        elif a != b:
+            found.append(f"{path}: {a!r} there, {b!r} asked for")
+
+    walk(old, new, at)
+    return "; ".join(found[:4]) + ("; …" if len(found) > 4 else "")
