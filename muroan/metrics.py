@@ -103,6 +103,36 @@ def reduce_column(column: np.ndarray, how: str, axis: int | None = None) -> np.n
         return np.where(count > 0, sum(pick) / 2, np.nan)
 
 
+def bootstrap(
+    column: np.ndarray, how: str = "mean", resamples: int = 1000, level: float = 0.95, seed: int = 0
+) -> dict[str, float | None]:
+    """The mean or median of a column over samples and its percentile bootstrap interval.
+
+    Args:
+        column: (N,) one number a sample, NaN where the sample has no say.
+        resamples: bootstrap resamples of the N samples; the same ones for every column of that length.
+        level: of the interval.
+
+    Returns:
+        value, low and high; None where there is nothing to measure.
+    """
+    n = len(column)
+    if n == 0:
+        return {"value": None, "low": None, "high": None}
+    rng = np.random.default_rng(stable_seed("bootstrap", seed))
+    rows = max(1, 4_000_000 // n)  # resamples at once: a few times 32 MB, however many samples
+    parts = [
+        np.asarray(reduce_column(column[rng.integers(0, n, (min(rows, resamples - done), n))], how, axis=-1))
+        for done in range(0, resamples, rows)
+    ]
+    spread = np.concatenate(parts)
+    spread = spread[~np.isnan(spread)]
+    tails = [100 * (1 - level) / 2, 100 * (1 + level) / 2]
+    low, high = np.percentile(spread, tails) if len(spread) else (np.nan, np.nan)
+    named = {"value": float(reduce_column(column, how)), "low": low, "high": high}
+    return {key: None if np.isnan(x) else float(x) for key, x in named.items()}
+
+
 def summarise(
     results: Sequence[AttackResult], resamples: int = 1000, level: float = 0.95, seed: int = 0
 ) -> dict[str, dict[str, float | None]]:
@@ -115,21 +145,10 @@ def summarise(
 
     Returns:
         name -> {value, low, high}; None where there is nothing to measure (no sample flipped). Rates, fractions
-        and shares are in percent.
+        and shares are in percent. Without results, nothing.
     """
-    rng = np.random.default_rng(stable_seed("bootstrap", seed))
-    n = len(results)
-    draws = rng.integers(0, n, (resamples, n)) if n else np.zeros((resamples, 0), int)
-    tails = [100 * (1 - level) / 2, 100 * (1 + level) / 2]
-    summary: dict[str, dict[str, float | None]] = {}
-    for name, (column, how) in columns(results).items() if n else ():
-        value = float(reduce_column(column, how))
-        spread = np.asarray(reduce_column(column[draws], how, axis=-1))
-        spread = spread[~np.isnan(spread)]
-        low, high = np.percentile(spread, tails) if len(spread) else (np.nan, np.nan)
-        named = zip(("value", "low", "high"), (value, low, high), strict=True)
-        summary[name] = {key: None if np.isnan(x) else float(x) for key, x in named}
-    return summary
+    table = columns(results) if results else {}
+    return {name: bootstrap(column, how, resamples, level, seed) for name, (column, how) in table.items()}
 
 
 class CleanAccuracy(MeanMetric):
@@ -165,6 +184,17 @@ class AttackSuccessRate(MeanMetric):
         super().update(100.0 * flipped[attacked].double())
 
 
+class QueryCount(MeanMetric):
+    """Mean queries of an attacked sample."""
+
+    def update(self, queries: Tensor, attacked: Tensor) -> None:  # type: ignore[override]
+        """
+        Args:
+            queries: (N,); attacked: (N,) bool.
+        """
+        super().update(queries[attacked].double())
+
+
 class DecoupledFraction(Metric):
     """Mean and median of the decoupled fraction, in percent, over flipped samples."""
 
@@ -183,8 +213,8 @@ class DecoupledFraction(Metric):
         self.fractions.append(fractions[flipped].double())
 
     def compute(self) -> dict[str, Tensor]:
-        found = self.fractions
-        every = torch.cat(found) if isinstance(found, list) and found else torch.as_tensor(found or [])
+        found = self.fractions  # a list of parts here, one tensor after they were gathered from all processes
+        every = found if isinstance(found, Tensor) else torch.cat([*found, torch.zeros(0, dtype=torch.double)])
         if every.numel() == 0:
             nothing = torch.tensor(float("nan"))
             return {"decoupled_fraction_mean": nothing, "decoupled_fraction_median": nothing}

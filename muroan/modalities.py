@@ -219,10 +219,12 @@ class Modality(ABC):
     Attributes:
         shape: shape of one prepared input tensor.
         replacements: what can stand in for removed elements; the first is the default.
+        min_side: regions whose longest side is no larger are not split further, unless a threat model says else.
     """
 
     replacements: ClassVar[tuple[str, ...]]
     shape: tuple[int, ...]
+    min_side: int
 
     @abstractmethod
     def prepare(self, raw: Any) -> tuple[Tensor, Layout]:
@@ -311,6 +313,7 @@ class Image(Modality):
         if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3):
             raise MuroanError(f"an image has 1 or 3 channels with a mean and a std each, got mean {mean}, std {std}")
         self.shape = (len(self.mean), *self.size)
+        self.min_side = 10  # as in the released decoupling attack
 
     def prepare(self, raw: Any) -> tuple[Tensor, Layout]:
         """
@@ -358,6 +361,7 @@ class Audio(Modality):
         """
         self.length, self.rate = int(length), int(rate)
         self.shape = (self.length,)
+        self.min_side = max(1, self.rate // 100)  # 10 milliseconds
 
     def prepare(self, raw: Any) -> tuple[Tensor, Layout]:
         """
@@ -418,6 +422,7 @@ class Text(Modality):
         """
         self.tokenizer, self.max_length, self.truncate = tokenizer, int(max_length), truncate
         self.shape = (self.max_length,)
+        self.min_side = 1
 
     def prepare(self, raw: Any) -> tuple[Tensor, Layout]:
         """
@@ -485,7 +490,8 @@ class WordTokenizer:
         """
         self.vocabulary = list(vocabulary)
         self._ids = {token: i for i, token in enumerate((*self.SPECIAL, *self.vocabulary))}
-        self.pad_id, self.unk_id, self.mask_id = 0, 1, 4
+        self.pad_id, self.unk_id = 0, 1
+        self.mask_id: int | None = 4
         self.prefix, self.suffix = [2], [3]
         self.size = len(self._ids)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -100,7 +100,8 @@ class AttackResult:
 
     @classmethod
     def from_json(cls, line: str) -> AttackResult:
-        fields = json.loads(line)
+        """The record of a line. A key that is no field (a report's merged lines name their run) is left out."""
+        fields = {key: value for key, value in json.loads(line).items() if key in cls.__dataclass_fields__}
         fields["ledger"] = {phase: Count(**count) for phase, count in fields["ledger"].items()}
         fields["regions"] = [(name, tuple(start), tuple(stop)) for name, start, stop in fields["regions"]]
         return cls(**fields)
@@ -129,7 +130,7 @@ def read_records(path: Path) -> list[AttackResult]:
     for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is empty or cut short
         try:
             records.append(AttackResult.from_json(line.decode()))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise MuroanError(
                 f"{path} line {number} is not an attack record ({error}): it was edited or written by another "
                 f"version; remove the file to attack these samples again"
@@ -172,6 +173,19 @@ class RunFolder:
             raise MuroanError(
                 f"{self.path} holds no attack run (no run.json): name a folder that `muroan attack` wrote"
             ) from None
+        except ValueError as error:
+            raise MuroanError(
+                f"{self.path / 'run.json'} is not JSON ({error}): it was edited; remove the folder to run again"
+            ) from None
+
+    def matches(self, run: Mapping[str, Any]) -> bool:
+        """Whether the folder's run has the identity of this one."""
+        return self.run["identity"] == json.loads(json.dumps(run["identity"]))
+
+    def clear(self) -> None:
+        """Forget all records of the folder."""
+        for file in (self.path / "run.json", self.records_file, *self.path.glob("*.part-*.jsonl")):
+            file.unlink(missing_ok=True)
 
     def start(self, run: Mapping[str, Any]) -> None:
         """Claim the folder for a run; call in one process.
@@ -183,14 +197,12 @@ class RunFolder:
             MuroanError: the folder holds records of another configuration; the message names what differs.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        if (self.path / "run.json").exists():
-            old = self.run["identity"]
-            new = json.loads(json.dumps(run["identity"]))
-            if old != new:
-                raise MuroanError(
-                    f"{self.path} holds records of another configuration ({differences(old, new)}): "
-                    f"choose another folder with out=..., or remove this one"
-                )
+        if (self.path / "run.json").exists() and not self.matches(run):
+            differing = differences(self.run["identity"], json.loads(json.dumps(run["identity"])))
+            raise MuroanError(
+                f"{self.path} holds records of another configuration ({differing}): "
+                f"choose another folder with out=..., or start anew with rerun=true"
+            )
         write_json(self.path / "run.json", {**run, "fingerprint": fingerprint(run["identity"])})
 
     def records(self) -> list[AttackResult]:
@@ -214,6 +226,12 @@ class RunFolder:
         self._part.write(result.to_json() + "\n")
         self._part.flush()
 
+    def append_unreadable(self, bad: Sequence[tuple[str, str]]) -> None:
+        """Note samples that could not be read: (id, reason) each."""
+        if bad:
+            with (self.path / f"unreadable.part-{self.rank}.jsonl").open("a") as file:
+                file.writelines(json.dumps(entry) + "\n" for entry in bad)
+
     def close(self) -> None:
         """Stop appending; `finish` comes later, in one process, when all have closed."""
         if self._part is not None:
@@ -223,9 +241,16 @@ class RunFolder:
     def finish(self) -> list[AttackResult]:
         """Sort the parts of all processes into `records.jsonl` and return the records."""
         self.close()
+        unreadable = dict(
+            json.loads(line)
+            for part in sorted(self.path.glob("unreadable.part-*.jsonl"))
+            for line in part.read_text().splitlines()
+        )
+        if unreadable:
+            write_json(self.path / "run.json", {**self.run, "unreadable": sorted(unreadable.items())})
         records = self.records()
         write_records(self.records_file, records)
-        for part in self.path.glob("records.part-*.jsonl"):
+        for part in self.path.glob("*.part-*.jsonl"):
             part.unlink()
         return records
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from muroan.data.files import read_file
 from muroan.errors import MuroanError
-from muroan.modalities import Layout, Modality
+from muroan.modalities import Layout, Modality, stable_seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +108,16 @@ class BadSample:
 
 
 class PreparedDataset(Dataset):
-    """Examples prepared for a model, lazily; files that neighbouring examples share are read once.
+    """Examples prepared for a model, lazily; files and texts that neighbouring examples share are prepared once.
 
     Args:
         classes: number of classes; a label outside is an error.
         skip_bad: yield a `BadSample` for an example that cannot be read instead of raising.
+        remember: how many of the last prepared files and texts are kept.
+
+    Attributes:
+        augment: varies a raw input of the named modality at random, or None. The random numbers depend on `seed`,
+            `epoch` and the example alone, not on the order or the number of loader processes.
 
     Raises:
         MuroanError: on access, naming the example and what is wrong with it.
@@ -123,12 +129,14 @@ class PreparedDataset(Dataset):
         modalities: Mapping[str, Modality],
         classes: int,
         skip_bad: bool = False,
-        remember: int = 512,
+        remember: int = 128,
     ):
         self.examples, self.modalities = examples, modalities
         self.classes, self.skip_bad = classes, skip_bad
+        self.augment: Callable[[str, Any, np.random.Generator], Any] | None = None
+        self.seed = self.epoch = 0
         self._remember = remember
-        self._prepared: OrderedDict[tuple[str, Path], tuple[Tensor, Layout]] = OrderedDict()
+        self._prepared: OrderedDict[tuple[str, Path | str], tuple[Tensor, Layout]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -157,13 +165,18 @@ class PreparedDataset(Dataset):
         if name not in example.inputs:
             raise MuroanError(f"sample {example.id!r} has {sorted(example.inputs)}, but the model takes {name!r}")
         raw = example.inputs[name]
-        key = (name, raw) if isinstance(raw, Path) else None
+        # A varied input is nobody else's, so it is not remembered.
+        key = (name, raw) if isinstance(raw, Path | str) and self.augment is None else None
         if key is not None and key in self._prepared:
             self._prepared.move_to_end(key)
             return self._prepared[key]
         try:
             modality = self.modalities[name]
-            prepared = modality.prepare(read_file(raw, modality) if isinstance(raw, Path) else raw)
+            value = read_file(raw, modality) if isinstance(raw, Path) else raw
+            if self.augment is not None:
+                rng = np.random.default_rng(stable_seed(self.seed, self.epoch, example.id, name))
+                value = self.augment(name, value, rng)
+            prepared = modality.prepare(value)
         except MuroanError as error:
             raise MuroanError(f"sample {example.id!r}, {name}: {error}") from None
         if key is not None:

@@ -1,0 +1,1 @@
+"""Training and testing a target model with Lightning."""

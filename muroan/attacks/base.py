@@ -1,0 +1,193 @@
+"""What an attack is: a search, written as a plain generator over one sample.
+
+    class RandomRemoval(Attack):
+        def search(self, sample):
+            for _ in range(self.draws):
+                removal = sample.draw(parts=2)
+                (response,) = yield [removal]          # ask any number of removals, get as many responses
+                if sample.flipped(response):
+                    return removal
+
+No batching, no device, no counting in here: the `QueryEngine` runs many searches at once, keeps the ledger,
+enforces the budget and recomputes success and size of what a search returns.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from muroan.errors import MuroanError
+from muroan.modalities import Layout, Modality, Region, Removal, removed_elements
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """What the model says to one removal.
+
+    Attributes:
+        label: predicted class.
+        margin: logit of the sample's label minus the best other one; negative when flipped.
+        embedding_argmax: position of the largest entry of the fusion embedding.
+        embedding_shift: cosine distance of the fusion embedding to the clean one, 0 to 2.
+        logits: (C,).
+    """
+
+    label: int
+    margin: float
+    embedding_argmax: int
+    embedding_shift: float
+    logits: np.ndarray
+
+
+@dataclass(slots=True)
+class Ask:
+    """Questions to the model. A search may yield a plain list of removals for the default phase.
+
+    Attributes:
+        removals: asked in this order; with `until`, as far as needed, and drawn from lazily.
+        phase: under which the ledger counts them.
+        until: stop at the first response for which this holds. The search gets the responses up to and including
+            it, as if it had asked one by one; the engine may run ahead to fill its batches, which costs forwards,
+            not queries.
+    """
+
+    removals: Iterable[Removal]
+    phase: str = "search"
+    until: Callable[[Response], bool] | None = None
+
+
+Search = Generator[Ask | Sequence[Removal], list[Response], Removal | None]
+
+
+class BudgetExhausted(Exception):
+    """Raised inside a search at the question that `max_queries` no longer allows.
+
+    A search may catch it and return the best removal that it knows; what it asks after that is refused again.
+
+    Attributes:
+        responses: answers to those questions of the refused `Ask` that were still within the budget.
+    """
+
+    def __init__(self, responses: list[Response]):
+        super().__init__("max_queries reached")
+        self.responses = responses
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """What the attacker may do.
+
+    Attributes:
+        replacement: what stands in for removed elements, by modality; a modality's own default where not given.
+        min_side: regions whose longest side is no larger are not split, by modality, in elements; likewise.
+        max_queries: distinct questions that an attack may ask about one sample; None for no limit.
+    """
+
+    replacement: Mapping[str, str] = field(default_factory=dict)
+    min_side: Mapping[str, int] = field(default_factory=dict)
+    max_queries: int | None = None
+
+    def complete(self, modalities: Mapping[str, Modality]) -> ThreatModel:
+        """The threat model with the modalities' defaults filled in; entries for absent modalities are left out.
+
+        Raises:
+            MuroanError: a replacement that a modality cannot take, a `min_side` or budget below 1.
+        """
+        replacement = {name: self.replacement.get(name) or m.replacements[0] for name, m in modalities.items()}
+        min_side = {name: self.min_side.get(name) or m.min_side for name, m in modalities.items()}
+        for name, modality in modalities.items():
+            modality.check_replacement(name, replacement[name])
+            if int(min_side[name]) < 1:
+                raise MuroanError(f"threat_model.min_side.{name} must be at least 1, got {min_side[name]}")
+        if self.max_queries is not None and self.max_queries < 1:
+            raise MuroanError(f"threat_model.max_queries must be at least 1 or null, got {self.max_queries}")
+        return ThreatModel(replacement, {name: int(side) for name, side in min_side.items()}, self.max_queries)
+
+
+@dataclass
+class AttackedSample:
+    """One correctly classified sample, as a search sees it.
+
+    Attributes:
+        label: the true class, which the model predicts.
+        clean: the model's response to nothing removed.
+        modalities, layouts: what the input is made of.
+        threat_model: complete.
+        rng: this sample's own; its draws depend on the seed, the attack and the sample's id alone.
+        info: a search may write what it wants recorded, as plain JSON.
+    """
+
+    id: str
+    label: int
+    clean: Response
+    modalities: Mapping[str, Modality]
+    layouts: Mapping[str, Layout]
+    threat_model: ThreatModel
+    rng: np.random.Generator
+    info: dict[str, Any] = field(default_factory=dict)
+    _universes: dict[tuple[str, ...], list[Region]] = field(default_factory=dict, repr=False)
+
+    def flipped(self, response: Response) -> bool:
+        return response.label != self.label
+
+    def root(self, modality: str) -> Region:
+        """The region of all elements of a modality."""
+        return self.modalities[modality].root(modality, self.layouts[modality])
+
+    def split(self, region: Region) -> list[Region]:
+        """The children of a region; empty where the threat model allows nothing finer."""
+        if region.longest_side <= self.threat_model.min_side[region.modality]:
+            return []
+        return self.modalities[region.modality].split(region)
+
+    def universe(self, *modalities: str) -> list[Region]:
+        """All regions below the roots of the given (or all) modalities, depth first.
+
+        Where nothing lies below the root (a text of one word), the universe is the root.
+        """
+        names = modalities or tuple(self.modalities)
+        if names not in self._universes:
+            self._universes[names] = [region for name in names for region in self._below(name)]
+        return self._universes[names]
+
+    def _below(self, modality: str) -> list[Region]:
+        found: list[Region] = []
+
+        def descend(region: Region) -> None:
+            for child in self.split(region):
+                found.append(child)
+                descend(child)
+
+        descend(self.root(modality))
+        return found or [self.root(modality)]
+
+    def draw(self, parts: int) -> Removal:
+        """A removal of up to `parts` regions drawn uniformly from the universe."""
+        universe = self.universe()
+        picks = self.rng.choice(len(universe), min(parts, len(universe)), replace=False)
+        return Removal.of(*(universe[i] for i in picks))
+
+    def size(self, removal: Removal) -> float:
+        """Removed elements over elements of all modalities, in percent."""
+        removed = sum(bits.bit_count() for bits in removed_elements(removal, self.layouts).values())
+        return 100 * removed / sum(layout.count for layout in self.layouts.values())
+
+
+class Attack(ABC):
+    """Base of every attack. Its name in records is the class name in snake case unless it sets `name`."""
+
+    name = ""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in cls.__dict__:
+            cls.name = "".join("_" + c.lower() if c.isupper() else c for c in cls.__name__).lstrip("_")
+
+    @abstractmethod
+    def search(self, sample: AttackedSample) -> Search:
+        """Yield removals to ask, get their responses, return a removal that flips the label, or None."""

@@ -1,0 +1,23 @@
+"""The control that every guided attack must beat: removals drawn at random."""
+
+from __future__ import annotations
+
+from muroan.attacks.base import Ask, Attack, AttackedSample, Search
+
+
+class RandomRemoval(Attack):
+    """Draw removals from the same regions as the guided attacks; keep the smallest that flips.
+
+    Args:
+        draws: removals asked.
+        max_parts: each draw takes 1 to `max_parts` regions, the number drawn uniformly.
+    """
+
+    def __init__(self, draws: int = 20, max_parts: int = 3):
+        self.draws, self.max_parts = draws, max_parts
+
+    def search(self, sample: AttackedSample) -> Search:
+        removals = [sample.draw(int(sample.rng.integers(1, self.max_parts + 1))) for _ in range(self.draws)]
+        responses = yield Ask(removals, phase="draw")
+        flips = [removal for removal, r in zip(removals, responses, strict=True) if sample.flipped(r)]
+        return min(flips, key=sample.size, default=None)

@@ -1,0 +1,135 @@
+"""The attack as a Lightning callback: `trainer.test(module, data)` attacks every sample that it tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torchmetrics import Metric
+from tqdm.auto import tqdm
+
+from muroan.attacks.base import Attack, ThreatModel
+from muroan.data.samples import Batch
+from muroan.engine import QueryEngine
+from muroan.errors import MuroanError
+from muroan.metrics import AttackSuccessRate, CleanAccuracy, DecoupledFraction, QueryCount, RobustAccuracy
+from muroan.models.base import MultimodalModel
+from muroan.results import AttackResult, RunFolder
+
+
+class AttackCallback(pl.Callback):
+    """Attacks the samples of every test batch; records stream to a run folder as samples finish.
+
+    The engine keeps searches alive across test batches, so that its own batches stay full. A sample that has a
+    record in the folder already is not attacked again. With several processes each attacks the samples that its
+    loader gives it, and the records of all are merged at the end.
+
+    Args:
+        attack, threat_model, batch_size, seed, keep_media: see `QueryEngine`.
+        folder: of the run; see `RunFolder`.
+        run: what `run.json` shall say, with at least `identity`.
+        progress: show a progress bar (in the first process).
+
+    After the test, `records` holds all records (in the first process), and the metrics are logged as `attack/...`.
+    """
+
+    def __init__(
+        self,
+        attack: Attack,
+        folder: str | Path,
+        run: Mapping[str, Any],
+        threat_model: ThreatModel | None = None,
+        batch_size: int = 64,
+        seed: int = 0,
+        keep_media: int = 48,
+        progress: bool = True,
+    ):
+        self.attack, self.path, self.run, self.threat_model = attack, Path(folder), dict(run), threat_model
+        self.batch_size, self.seed, self.keep_media, self.progress = batch_size, seed, keep_media, progress
+        self.records: list[AttackResult] = []
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        model = getattr(pl_module, "model", None)
+        if not isinstance(model, MultimodalModel):
+            raise MuroanError(
+                f"AttackCallback needs a LightningModule with a MultimodalModel as `model`, "
+                f"{type(pl_module).__name__}.model is {type(model).__name__}"
+            )
+        self._folder = RunFolder(self.path, trainer.global_rank)
+        if trainer.is_global_zero:
+            self._folder.start(self.run)
+        trainer.strategy.barrier("attack folder is ready")
+        self._done = {r.id: r for r in self._folder.records() if r.attack == self.attack.name}
+        precision = {"bf16-mixed": "bf16", "16-mixed": "16"}.get(str(trainer.precision), "32")
+        self.engine = QueryEngine(
+            model, self.attack, self.threat_model, self.batch_size, precision, self.seed, self.keep_media
+        )
+        self.metrics: dict[str, Metric] = {
+            "clean_accuracy": CleanAccuracy(),
+            "robust_accuracy": RobustAccuracy(),
+            "attack_success_rate": AttackSuccessRate(),
+            "decoupled_fraction": DecoupledFraction(),
+            "queries": QueryCount(),
+        }
+        for metric in self.metrics.values():
+            metric.to(pl_module.device)
+        loaders: Any = trainer.test_dataloaders
+        total = sum(len(loader.sampler) for loader in (loaders if isinstance(loaders, list) else [loaders]))
+        quiet = not (self.progress and trainer.is_global_zero)
+        self._bar = tqdm(total=total, desc=self.attack.name, unit="sample", disable=quiet, dynamic_ncols=True)
+        self._flipped = self._attacked = 0
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._folder.append_unreadable(batch.bad)
+        self._bar.update(len(batch.bad))
+        known = [self._done[s.id] for s in batch.samples if s.id in self._done]
+        self._take(known, store=False)
+        self._take(self.engine.push(s for s in batch.samples if s.id not in self._done))
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._take(self.engine.drain())
+        self._bar.close()
+        self._folder.close()
+        for name, metric in self.metrics.items():
+            value = metric.compute()  # sums across processes
+            for key, figure in (value if isinstance(value, dict) else {name: value}).items():
+                pl_module.log(f"attack/{key}", figure.float(), rank_zero_only=True)
+        trainer.strategy.barrier("all records are written")
+        if trainer.is_global_zero:
+            self.records = self._folder.finish()
+        trainer.strategy.barrier("records are merged")
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if hasattr(self, "_bar"):
+            self._bar.close()
+            self._folder.close()
+
+    def _take(self, results: Iterable[AttackResult], store: bool = True) -> None:
+        for r in results:
+            if store:
+                self._folder.append(r)
+            device = self.metrics["queries"].device
+            label, clean, final = (
+                torch.tensor([x], device=device) for x in (r.label, r.clean_label, r.adversarial_label)
+            )
+            flipped, attacked = torch.tensor([r.flipped], device=device), torch.tensor([r.attacked], device=device)
+            self.metrics["clean_accuracy"].update(clean, label)
+            self.metrics["robust_accuracy"].update(clean, final, label)
+            self.metrics["attack_success_rate"].update(flipped, attacked)
+            fraction = torch.tensor([r.decoupled_fraction], device=device, dtype=torch.float64)
+            self.metrics["decoupled_fraction"].update(fraction, flipped)
+            self.metrics["queries"].update(torch.tensor([r.queries], device=device), attacked)
+            self._flipped, self._attacked = self._flipped + r.flipped, self._attacked + r.attacked
+            self._bar.set_postfix_str(f"success {100 * self._flipped / max(1, self._attacked):.1f} %", refresh=False)
+            self._bar.update()

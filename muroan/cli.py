@@ -1,0 +1,328 @@
+"""The command line, `muroan train | attack | report`, with Hydra behind it. Nothing else imports Hydra."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytorch_lightning as pl
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from muroan.errors import MuroanError
+from muroan.results import RunFolder, fingerprint, write_json
+
+log = logging.getLogger("muroan")
+
+HELP = """\
+MUROAN, the MUltimodal RObustness ANalyzer: how few image regions, words or sounds flip a multimodal model.
+
+  muroan train   model=mmbt dataset=easy_vqa              train a target model
+  muroan attack  model=mmbt dataset=easy_vqa              attack it (attack=decoupling_reference)
+  muroan report  runs=[outputs/attack]                    tables, plots and an HTML page of all attack runs
+
+Every command takes Hydra overrides, and -m to sweep over several values of them:
+
+  muroan attack -m model=mmbt,concat attack=decoupling_reference,random_removal seed=0,1,2
+  muroan attack attack.coupling=pairs threat_model.replacement.image=blur threat_model.max_queries=500
+  muroan attack device=ddp tracker=wandb                  all GPUs of this machine, tracked in Weights & Biases
+  muroan attack --cfg job                                 print the whole configuration and stop
+"""
+
+# Options that do not change what a record says: they are no part of a run's identity.
+LOADING = ("num_workers", "batch_size", "test_batch_size", "root", "skip_bad", "obtain")
+
+
+def main() -> None:
+    """Entry point of the `muroan` command."""
+    commands: dict[str, Callable[[DictConfig], None]] = {"train": train, "attack": attack, "report": report}
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP + choices())
+        return
+    command = arguments[0]
+    if command not in commands:
+        sys.exit(f"muroan: unknown command {command!r}: choose one of {', '.join(commands)}; `muroan --help` explains")
+    trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises to us what it would print with forty frames
+    sys.argv = [sys.argv[0], *arguments[1:]]
+
+    def job(config: DictConfig) -> None:
+        run_job(commands[command], command, config)
+
+    # Hydra takes the default of hydra.job.name from the function's module.
+    job.__module__ = __name__
+    try:
+        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=command)(job)()
+    except (MuroanError, HydraException, OmegaConfBaseException) as error:
+        if trace:
+            raise
+        sys.exit(f"muroan {command}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"muroan {command}: interrupted; the same command goes on from here")
+
+
+def run_job(function: Callable[[DictConfig], None], command: str, config: DictConfig) -> None:
+    """One job of a sweep, or the only one, with its surroundings put back as they were afterwards."""
+    argv, environment = sys.argv, dict(os.environ)
+    # Lightning starts its further processes with our arguments: give it those of this one job.
+    overrides = [o for o in HydraConfig.get().overrides.task if not o.startswith("out=")]
+    sys.argv = [argv[0], command, *overrides, f"out={config.out}"]
+    try:
+        function(config)
+    finally:
+        sys.argv = argv
+        # What Lightning leaves behind would make the next job of the sweep believe that it is a further process.
+        for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            if name not in environment:
+                os.environ.pop(name, None)
+        close_trackers()
+
+
+def config_folder() -> Path:
+    """The folder `conf`: beside the package in a checkout, inside it when installed."""
+    package = Path(__file__).parent
+    return next(f for f in (package.parent / "conf", package / "conf") if (f / "config.yaml").is_file())
+
+
+def choices() -> str:
+    """The groups and what can be chosen in each, as help."""
+    lines = ["\nChoices:"]
+    for group in sorted(f for f in config_folder().iterdir() if f.is_dir()):
+        names = sorted(file.stem for file in group.glob("*.yaml"))
+        lines.append(f"  {group.name:<12}{' '.join(names)}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What decides the outcome of a job, and the folder that it is kept in
+
+
+def plain(config: Any, resolve: bool = True) -> Any:
+    return OmegaConf.to_container(config, resolve=resolve) if OmegaConf.is_config(config) else config
+
+
+def identity(config: DictConfig, command: str, resolve: bool = True) -> dict[str, Any]:
+    """The part of the configuration that decides what `train` learns, or what the records of `attack` say."""
+    keys = ("model", "dataset", "training", "seed")
+    if command == "attack":
+        keys = ("model", "dataset", "attack", "threat_model", "seed")
+    chosen = {key: plain(config[key], resolve) for key in keys}
+    split = ("test_limit",) if command == "train" else ("train_limit", "val_limit")
+    chosen["dataset"] = {k: v for k, v in chosen["dataset"].items() if k not in (*LOADING, *split)}
+    if command == "train":
+        chosen["batch_size"] = config.dataset.batch_size
+    else:
+        chosen["precision"] = config.device.precision
+        chosen["keep_media"] = config.engine.keep_media
+    return chosen
+
+
+def cell(command: str, *, _root_: DictConfig) -> str:
+    """Hash of the part of the configuration that decides a job's outcome, to name its folder."""
+    chosen = identity(_root_, command, resolve=False)
+    if command == "attack":
+        chosen["trained"] = _root_.checkpoint or identity(_root_, "train", resolve=False)
+    return fingerprint(chosen)[:6]
+
+
+OmegaConf.register_new_resolver("cell", cell, replace=True)
+OmegaConf.register_new_resolver("absolute", os.path.abspath, replace=True)
+OmegaConf.register_new_resolver("muroan_help", lambda: HELP + choices(), replace=True)
+
+
+def versions() -> dict[str, str]:
+    packages = ("muroan", "torch", "pytorch-lightning", "transformers", "torchmetrics", "hydra-core", "numpy")
+    return {"python": sys.version.split()[0], **{package: metadata.version(package) for package in packages}}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The commands
+
+
+def build(config: DictConfig) -> tuple[Any, Any]:
+    """Dataset and model, prepared for each other."""
+    data = instantiate(config.dataset)
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    model = instantiate(config.model)(modalities=data.modalities(), num_classes=len(data.classes))
+    data.prepare_for(model.modalities)
+    return data, model
+
+
+def tracker(config: DictConfig) -> Any:
+    return instantiate(config.tracker) if config.tracker else False
+
+
+def close_trackers() -> None:
+    """Finish the Weights & Biases run of this job, so that the next job of a sweep gets one of its own."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and getattr(wandb, "run", None) is not None:
+        wandb.finish()
+
+
+def trainer_options(config: DictConfig) -> dict[str, Any]:
+    # The dataset shards itself: Lightning's sampler would repeat samples to make the shards equal.
+    return {
+        **plain(config.device),
+        "use_distributed_sampler": False,
+        "enable_model_summary": False,
+        "default_root_dir": config.out,
+    }
+
+
+def train(config: DictConfig) -> None:
+    """Train a target model; `best.ckpt` is the one with the best validation accuracy."""
+    from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+
+    from muroan.training.module import MultimodalModule, load_weights, weights_hash
+
+    out = Path(config.out)
+    if (out / "summary.json").exists() and not config.rerun:
+        log.info("already trained: %s (rerun=true trains again)", out / "best.ckpt")
+        return
+    data, model = build(config)
+    options = {key: value for key, value in config.training.items() if key != "epochs"}
+    module = MultimodalModule(model, **options)
+    keep = ModelCheckpoint(
+        out, "best", monitor="val/accuracy", mode="max", save_last=True, enable_version_counter=False
+    )
+    logger = tracker(config)
+    trainer = pl.Trainer(
+        **trainer_options(config),
+        max_epochs=config.training.epochs,
+        callbacks=[keep, TQDMProgressBar(refresh_rate=20)],
+        logger=logger,
+        num_sanity_val_steps=0,
+        log_every_n_steps=20,
+    )
+    if logger:
+        logger.log_hyperparams(plain(config))
+    last = out / "last.ckpt"
+    trainer.fit(module, data, ckpt_path=last if last.exists() and not config.rerun else None)
+    load_weights(model, out / "best.ckpt")
+    (metrics,) = trainer.test(module, data, verbose=False)
+    if trainer.is_global_zero:
+        accuracy = {"val": float(keep.best_model_score), "test": metrics["test/accuracy"]}  # type: ignore[arg-type]
+        summary = {
+            "identity": identity(config, "train"),
+            "accuracy": accuracy,
+            "weights": weights_hash(model),
+            "versions": versions(),
+        }
+        write_json(out / "summary.json", summary)
+        log.info("test accuracy %.1f %%, checkpoint %s", accuracy["test"], out / "best.ckpt")
+
+
+def find_checkpoint(config: DictConfig, model: Any) -> Path | None:
+    """The checkpoint to attack; None for a model that comes trained.
+
+    Raises:
+        MuroanError: there is none; the message says how to train one.
+    """
+    if config.checkpoint:
+        return Path(config.checkpoint)
+    trained = Path(config.train_out) / "best.ckpt"
+    if trained.is_file():
+        return trained
+    if model.pretrained:
+        return None
+    overrides = [o for o in HydraConfig.get().overrides.task if not o.startswith(("attack", "out=", "threat_model"))]
+    raise MuroanError(
+        f"no trained model in {config.train_out}: run `muroan train {' '.join(overrides)}`".rstrip() + " first, "
+        "or name a checkpoint with checkpoint=FILE"
+    )
+
+
+def attack(config: DictConfig) -> None:
+    """Attack a trained model; records go to `out`, from where a killed run goes on."""
+    from muroan.callbacks import AttackCallback
+    from muroan.training.module import MultimodalModule, load_weights, weights_hash
+
+    folder = RunFolder(config.out)
+    data, model = build(config)
+    checkpoint = find_checkpoint(config, model)
+    if checkpoint is not None:
+        load_weights(model, checkpoint)
+    weights = weights_hash(model)
+    chosen = HydraConfig.get().runtime.choices
+    run = {
+        "identity": {**identity(config, "attack"), "weights": weights},
+        "attack": chosen["attack"],
+        "model": chosen["model"],
+        "dataset": chosen["dataset"],
+        "modalities": list(model.modalities),
+        "classes": list(data.classes),
+        "seed": config.seed,
+        "checkpoint": {"path": None if checkpoint is None else str(checkpoint), "sha256": weights},
+        "config": plain(config),
+        "versions": versions(),
+    }
+    if config.rerun:
+        folder.clear()
+    if folder.finished and folder.matches(run):
+        log.info("already finished: %s (rerun=true runs it again)", folder.path)
+        return
+    callback = AttackCallback(
+        instantiate(config.attack),
+        folder.path,
+        run,
+        instantiate(config.threat_model),
+        config.engine.batch_size,
+        config.seed,
+        config.engine.keep_media,
+    )
+    logger = tracker(config)
+    trainer = pl.Trainer(
+        **trainer_options(config), callbacks=[callback], logger=logger, enable_progress_bar=False, barebones=False
+    )
+    if logger:
+        logger.log_hyperparams(plain(config))
+    trainer.test(MultimodalModule(model), data, verbose=False)
+    if trainer.is_global_zero:
+        finish_attack(folder, callback, logger)
+
+
+def finish_attack(folder: RunFolder, callback: Any, logger: Any) -> None:
+    """Summarise a finished run, show the figures, and hand examples to the tracker."""
+    from muroan.metrics import summarise
+
+    summary = summarise(callback.records)
+    write_json(folder.path / "summary.json", summary)
+    log.info("%s", headline(summary, len(callback.records)))
+    log.info("records: %s", folder.records_file)
+
+
+def headline(summary: Mapping[str, Mapping[str, float | None]], samples: int) -> str:
+    def show(name: str, digits: int = 1) -> str:
+        figure = summary[name]
+        if figure["value"] is None:
+            return "-"
+        return f"{figure['value']:.{digits}f} [{figure['low']:.{digits}f}, {figure['high']:.{digits}f}]"
+
+    return (
+        f"{samples} samples, 95 % intervals: clean accuracy {show('clean_accuracy')} %, "
+        f"robust accuracy {show('robust_accuracy')} %, success rate {show('attack_success_rate')} %, "
+        f"decoupled fraction mean {show('decoupled_fraction_mean', 2)} % "
+        f"median {show('decoupled_fraction_median', 2)} %, queries {show('queries')}"
+    )
+
+
+def report(config: DictConfig) -> None:
+    """Build the report of finished runs from their records alone."""
+    from muroan.report import build as build_report
+
+    page = build_report([Path(run) for run in config.runs], Path(config.out))
+    log.info("report: %s", page)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,587 @@
+"""The query engine: keeps many searches alive and packs what they ask into full batches.
+
+Every live sample has a slot on the device, which holds its inputs and the features of its untouched modalities. A
+question is a removal; a batch of questions encodes only the parts that the removals touch, then fuses and classifies.
+The engine, not the attack, counts, enforces the budget, and recomputes success and size of what comes back.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from muroan.attacks.base import Ask, Attack, AttackedSample, BudgetExhausted, Response, Search, ThreatModel
+from muroan.data.samples import Sample
+from muroan.errors import MuroanError
+from muroan.modalities import Removal, removed_elements, stable_seed
+from muroan.models.base import Features, MultimodalModel, map_features, model_dtype
+from muroan.results import AttackResult, Count, Status
+
+# What is removed, however it is spelled: the element set of each touched modality, in the model's order.
+Key = tuple[tuple[str, int], ...]
+
+# The engine's own phases: they cost forwards and are no queries of the attacker's.
+CLEAN, VERIFY, AUDIT = "clean", "verify", "audit"
+
+AUTOCAST = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}
+
+
+@dataclass(eq=False, slots=True)
+class _Question:
+    """One row of a batch. A fresh one encodes every modality anew and bypasses the cache."""
+
+    live: _Live
+    key: Key
+    removal: Removal
+    fresh: bool = False
+
+
+Conversation = Generator[list[_Question], None, AttackResult]
+
+
+@dataclass(eq=False, slots=True)
+class _Live:
+    """A search under way.
+
+    Attributes:
+        slot: where the sample's tensors lie in the store.
+        budget: queries left.
+        answers: every answer so far. `asked` are the keys that the search has been given answers to: the engine may
+            know more than that, having run ahead, and the ledger must not depend on it.
+        wanted: questions that wait for a batch; in_flight: how many are in one.
+        window, upcoming: removals of an `until` ask, drawn and not yet drawn.
+    """
+
+    sample: Sample
+    slot: int
+    budget: float
+    conversation: Conversation | None = None
+    answers: dict[Key, Response] = field(default_factory=dict)
+    asked: set[Key] = field(default_factory=set)
+    verified: Response | None = None
+    ledger: dict[str, Count] = field(default_factory=dict)
+    wanted: deque[_Question] = field(default_factory=deque)
+    in_flight: int = 0
+    window: deque[tuple[Key, Removal]] = field(default_factory=deque)
+    upcoming: Iterator[Removal] = field(default_factory=lambda: iter(()))
+
+    def key(self, removal: Removal) -> Key:
+        removed = removed_elements(removal, self.sample.layouts)
+        return tuple((name, removed[name]) for name in self.sample.layouts if name in removed)
+
+    def answered(self, key: Key, phase: str) -> Response:
+        """Give out an answer and enter it into the ledger."""
+        count = self.ledger.setdefault(phase, Count())
+        if key in self.asked:
+            count.cache_hits += 1
+        else:
+            self.asked.add(key)
+            count.forwards += 1
+            if phase not in (CLEAN, AUDIT):
+                count.queries += 1
+                self.budget -= 1
+        return self.answers[key]
+
+    def affordable(self, key: Key, phase: str) -> bool:
+        return key in self.asked or phase in (CLEAN, AUDIT) or self.budget >= 1
+
+    def look_ahead(self) -> _Question | None:
+        """A further question of an `until` ask that the search will probably come to; None when there is none."""
+        while len(self.window) < self.budget:
+            removal = next(self.upcoming, None)
+            if removal is None:
+                return None
+            key = self.key(removal)
+            self.window.append((key, removal))
+            if key not in self.answers and sum(key == other for other, _ in self.window) == 1:
+                return _Question(self, key, removal)
+        return None
+
+
+class _Store:
+    """Tensors of the live samples, one row a slot: static memory, however many samples there are."""
+
+    def __init__(self, model: MultimodalModel, threat_model: ThreatModel, slots: int, device: torch.device):
+        self.model, self.threat_model, self.slots, self.device = model, threat_model, slots, device
+        self.dtype = model_dtype(model)
+        self.inputs: dict[str, Tensor] = {}
+        self.baselines: dict[str, Tensor] = {}
+        self.features: dict[str, Features] = {}
+        self.embedding: Tensor | None = None
+        self.labels = torch.zeros(slots, dtype=torch.long, device=device)
+
+    def _room(self, like: Tensor) -> Tensor:
+        return torch.zeros((self.slots, *like.shape[1:]), dtype=like.dtype, device=self.device)
+
+    def admit(self, samples: Sequence[tuple[int, Sample, int]]) -> None:
+        """Put samples into slots: (slot, sample, seed of its noise) each."""
+        rows = torch.tensor([slot for slot, _, _ in samples], device=self.device)
+        self.labels[rows] = torch.tensor([s.label for _, s, _ in samples], device=self.device)
+        for name, modality in self.model.modalities.items():
+            x = torch.stack([s.inputs[name] for _, s, _ in samples])
+            baseline = modality.baseline(x, self.threat_model.replacement[name], [seed for _, _, seed in samples])
+            for store, values in ((self.inputs, x), (self.baselines, baseline)):
+                if values is not None:
+                    values = values.to(self.device, self.dtype if values.is_floating_point() else None)
+                    store.setdefault(name, self._room(values))[rows] = values
+
+    def keep_features(self, name: str, slots: Tensor, features: Features) -> None:
+        if name not in self.features:
+            self.features[name] = map_features(self._room, features)
+        map_features(lambda room, new: room.index_copy_(0, slots, new), self.features[name], features)
+
+    def keep_embedding(self, slots: Tensor, embedding: Tensor) -> None:
+        if self.embedding is None:
+            self.embedding = self._room(embedding)
+        self.embedding[slots] = embedding
+
+
+@dataclass(slots=True)
+class EngineStatistics:
+    """What the engine ran, over all samples.
+
+    Attributes:
+        batches, rows: model calls, and rows in them: every forward, those run ahead in vain included.
+        encoded: rows encoded, a modality; `rows` minus this many were reused.
+        out_of_memory: times that the batch was halved.
+        disagreements: samples whose verification contradicted what the search had been told.
+    """
+
+    batches: int = 0
+    rows: int = 0
+    encoded: dict[str, int] = field(default_factory=dict)
+    out_of_memory: int = 0
+    disagreements: int = 0
+
+
+class QueryEngine:
+    """Runs an attack over samples.
+
+    Results do not depend on batch size, order of samples, number of processes or resumption (up to the rounding of
+    the model's arithmetic, which may depend on the batch size).
+
+    Args:
+        model: in evaluation mode; it stays on its device, which is where the engine works.
+        attack: a removal attack.
+        threat_model: see `ThreatModel`.
+        batch_size: rows of a model call; halved when the device runs out of memory.
+        precision: `32` (the model's own type), or autocast to `bf16` or `16`.
+        seed: of the attack's draws and of noise replacements.
+        keep_media: records of the first so many samples hold what a report needs to draw them.
+        reuse_features: False encodes every modality for every question; for measuring.
+
+    Raises:
+        MuroanError: the model is in training mode, or the threat model does not fit it.
+    """
+
+    def __init__(
+        self,
+        model: MultimodalModel,
+        attack: Attack,
+        threat_model: ThreatModel | None = None,
+        batch_size: int = 64,
+        precision: str = "32",
+        seed: int = 0,
+        keep_media: int = 48,
+        reuse_features: bool = True,
+    ):
+        if any(module.training for module in model.modules()):
+            raise MuroanError("the model is in training mode, so that its answers are random: call model.eval() first")
+        if precision not in AUTOCAST:
+            raise MuroanError(f"precision must be one of {', '.join(AUTOCAST)}, got {precision!r}")
+        if batch_size < 1:
+            raise MuroanError(f"batch_size must be at least 1, got {batch_size}")
+        self.model, self.attack = model, attack
+        self.threat_model = (threat_model or ThreatModel()).complete(model.modalities)
+        self.batch_size, self.precision, self.seed = batch_size, precision, seed
+        self.keep_media, self.reuse_features = keep_media, reuse_features
+        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.statistics = EngineStatistics(encoded=dict.fromkeys(model.modalities, 0))
+        self._store = _Store(model, self.threat_model, batch_size, self.device)
+        self._free = list(range(batch_size))[::-1]
+        self._waiting: deque[Sample] = deque()
+        self._live: dict[int, _Live] = {}  # by slot, in order of admission
+        self._checked = False
+
+    # -- in and out -----------------------------------------------------------------------------------------
+
+    def run(self, samples: Iterable[Sample]) -> Iterator[AttackResult]:
+        """Attack samples; results come as they finish, not in order."""
+        for sample in samples:
+            yield from self.push([sample])
+        yield from self.drain()
+
+    def push(self, samples: Iterable[Sample]) -> Iterator[AttackResult]:
+        """Take samples in and work while full batches can be packed; the rest waits for more or for `drain`."""
+        self._waiting.extend(samples)
+        return self._work(lambda: sum(len(live.wanted) for live in self._live.values()) >= self.batch_size)
+
+    def drain(self) -> Iterator[AttackResult]:
+        """Finish all searches."""
+        return self._work(lambda: bool(self._live))
+
+    def _work(self, go_on: Callable[[], bool]) -> Iterator[AttackResult]:
+        self._admit()
+        while go_on():
+            questions = self._pack()
+            answers = self._ask(questions)
+            touched: dict[int, _Live] = {}
+            for question, answer in zip(questions, answers, strict=True):
+                live = touched.setdefault(question.live.slot, question.live)
+                live.in_flight -= 1
+                if question.fresh:
+                    live.verified = answer
+                else:
+                    live.answers[question.key] = answer
+            for live in touched.values():
+                result = self._advance(live)
+                if result is not None:
+                    del self._live[live.slot]
+                    self._free.append(live.slot)
+                    yield result
+            self._admit()
+
+    def _admit(self) -> None:
+        admitted = []
+        while self._waiting and self._free:
+            sample, slot = self._waiting.popleft(), self._free.pop()
+            if list(sample.inputs) != list(self.model.modalities):
+                raise MuroanError(
+                    f"the model takes {list(self.model.modalities)}, sample {sample.id!r} has {list(sample.inputs)}"
+                )
+            live = _Live(sample, slot, self.threat_model.max_queries or float("inf"))
+            live.conversation = self._converse(live)
+            self._live[slot] = live
+            admitted.append((slot, sample, stable_seed(self.seed, "noise", sample.id)))
+        if admitted:
+            self._store.admit(admitted)
+        for slot, _, _ in admitted:
+            self._advance(self._live[slot])
+
+    def _advance(self, live: _Live) -> AttackResult | None:
+        """Let the conversation go on, if it has all its answers, to its next questions or its result."""
+        if live.wanted or live.in_flight:
+            return None
+        assert live.conversation is not None
+        try:
+            live.wanted.extend(next(live.conversation))
+        except StopIteration as stop:
+            return stop.value
+        return None
+
+    def _pack(self) -> list[_Question]:
+        """The next batch: questions in order of admission; room that is left goes to looking ahead."""
+        questions: list[_Question] = []
+        for live in self._live.values():
+            while live.wanted and len(questions) < self.batch_size:
+                questions.append(live.wanted.popleft())
+        ahead = [live for live in self._live.values() if live.window]
+        while ahead and len(questions) < self.batch_size:
+            live = ahead.pop(0)
+            question = live.look_ahead()
+            if question is not None:
+                questions.append(question)
+                ahead.append(live)
+        for question in questions:
+            question.live.in_flight += 1
+        return questions
+
+    # -- one sample, from clean prediction to record ---------------------------------------------------------
+
+    def _converse(self, live: _Live) -> Conversation:
+        """The whole life of a sample. Yields questions; resumes when all of them are answered."""
+        sample = live.sample
+        (clean,) = yield from self._answer(live, Ask([Removal()], CLEAN))
+        if clean.label != sample.label:
+            return self._result(live, clean, clean, "skipped")
+        rng = np.random.default_rng(stable_seed(self.seed, self.attack.name, sample.id))
+        view = AttackedSample(
+            sample.id, sample.label, clean, self.model.modalities, sample.layouts, self.threat_model, rng
+        )
+        removal, exhausted = yield from self._search(live, self.attack.search(view))
+        live.window.clear()
+        failed: Status = "budget_exhausted" if exhausted else "held"
+        if removal is None:
+            return self._result(live, clean, clean, failed, info=view.info)
+        if not isinstance(removal, Removal):
+            raise MuroanError(f"{self.attack.name}.search must return a Removal or None, got {type(removal).__name__}")
+
+        key = live.key(removal)
+        yield [_Question(live, key, removal, fresh=True)]
+        live.ledger.setdefault(VERIFY, Count()).forwards += 1
+        verified = live.verified
+        assert verified is not None
+        if key in live.answers and live.answers[key].label != verified.label:
+            self.statistics.disagreements += 1
+        if verified.label == sample.label:
+            return self._result(live, clean, verified, failed, info=view.info)
+
+        one_less = [removal.without(part) for part in removal.regions]
+        alone = [removal.only(name) for name in removal.modalities] if len(removal.modalities) > 1 else []
+        responses = yield from self._answer(live, Ask(one_less + alone, AUDIT))
+        restored = [response.label == sample.label for response in responses]
+        result = self._result(live, clean, verified, "flipped", removal, view.info)
+        result.one_minimal = all(restored[: len(one_less)])
+        result.interaction = all(restored[len(one_less) :]) if alone else None
+        return result
+
+    def _search(self, live: _Live, search: Search) -> Generator[list[_Question], None, tuple[Removal | None, bool]]:
+        """Drive the attack's own generator; returns what it returned, and whether the budget cut it short."""
+        exhausted = False
+        resume: Callable[[], Ask | Sequence[Removal]] = partial(next, search)
+        while True:
+            try:
+                asked = resume()
+            except StopIteration as stop:
+                return stop.value, exhausted
+            except BudgetExhausted:
+                return None, True
+            try:
+                responses = yield from self._answer(live, asked if isinstance(asked, Ask) else Ask(asked))
+                resume = partial(search.send, responses)
+            except BudgetExhausted as refusal:
+                exhausted = True
+                resume = partial(search.throw, refusal)
+
+    def _answer(self, live: _Live, ask: Ask) -> Generator[list[_Question], None, list[Response]]:
+        """Responses to an ask, in order; yields the questions that are not answered yet."""
+        window, responses = live.window, list[Response]()
+        window.clear()
+        live.upcoming = iter(ask.removals)
+        if ask.until is None:
+            window.extend((live.key(removal), removal) for removal in live.upcoming)
+            new = {key: removal for key, removal in window if key not in live.asked}
+            affordable = list(new.items())
+            if ask.phase not in (CLEAN, AUDIT):
+                affordable = affordable[: int(min(live.budget, len(new)))]
+            missing = [_Question(live, key, removal) for key, removal in affordable if key not in live.answers]
+            if missing:
+                yield missing
+        while True:
+            if not window:
+                removal = next(live.upcoming, None)
+                if removal is None:
+                    return responses
+                window.append((live.key(removal), removal))
+            key, removal = window[0]
+            if not live.affordable(key, ask.phase):
+                window.clear()
+                live.upcoming = iter(())
+                raise BudgetExhausted(responses)
+            if key not in live.answers:
+                yield [_Question(live, key, removal)]
+            window.popleft()
+            response = live.answered(key, ask.phase)
+            responses.append(response)
+            if ask.until is not None and ask.until(response):
+                window.clear()
+                live.upcoming = iter(())
+                return responses
+
+    def _result(
+        self,
+        live: _Live,
+        clean: Response,
+        final: Response,
+        status: Status,
+        removal: Removal | None = None,
+        info: dict[str, Any] | None = None,
+    ) -> AttackResult:
+        sample, removal = live.sample, removal or Removal()
+        removed = removed_elements(removal, sample.layouts)
+        media = None
+        if sample.index < self.keep_media:
+            media = {
+                name: modality.display(sample.inputs[name], sample.layouts[name])
+                for name, modality in self.model.modalities.items()
+            }
+        return AttackResult(
+            id=sample.id,
+            index=sample.index,
+            attack=self.attack.name,
+            label=sample.label,
+            clean_label=clean.label,
+            adversarial_label=final.label,
+            status=status,
+            regions=[(region.modality, region.start, region.stop) for region in removal.regions],
+            removed={name: bits.bit_count() for name, bits in removed.items()},
+            total={name: layout.count for name, layout in sample.layouts.items()},
+            ledger=live.ledger,
+            info=info or {},
+            media=media,
+        )
+
+    # -- the model -----------------------------------------------------------------------------------------
+
+    def _ask(self, questions: list[_Question]) -> list[Response]:
+        """Answer a batch; on out-of-memory, the batch size is halved for good and the batch asked in two."""
+        if len(questions) > self.batch_size:
+            return self._ask(questions[: self.batch_size]) + self._ask(questions[self.batch_size :])
+        try:
+            packed, classes = self._forward(questions)
+            if not self._checked:
+                self._checked = True
+                self._check_repeatable(questions, packed, classes)
+        except torch.OutOfMemoryError:
+            if len(questions) == 1:
+                raise MuroanError("the device has too little memory for a batch of one question") from None
+            self.batch_size = (len(questions) + 1) // 2
+            self.statistics.out_of_memory += 1
+            warnings.warn(f"out of memory: going on with batches of {self.batch_size}", stacklevel=2)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            return self._ask(questions)
+        if not np.isfinite(packed).all():
+            row = int(np.argmax(~np.isfinite(packed).all(1)))
+            raise MuroanError(
+                f"the model returned a value that is not finite for sample {questions[row].live.sample.id!r} "
+                f"(removed: {questions[row].removal.regions or 'nothing'}): logits "
+                f"{packed[row, :classes].tolist()[:8]}; check its weights, or precision=32"
+            )
+        logits, rest = packed[:, :classes], packed[:, classes:]
+        labels = logits.argmax(1)
+        return [
+            Response(int(label), float(margin), int(argmax), float(shift), row)
+            for label, (margin, argmax, shift), row in zip(labels, rest, logits, strict=True)
+        ]
+
+    def _check_repeatable(self, questions: list[_Question], packed: np.ndarray, classes: int) -> None:
+        again, _ = self._forward(questions)
+        scale = 1e-3 if self.precision == "32" else 3e-2
+        close = np.isclose(packed[:, :classes], again[:, :classes], rtol=scale, atol=scale, equal_nan=True)
+        if not close.all():
+            row = int(np.argmax(~close.all(1)))
+            raise MuroanError(
+                f"the model gives different answers to the same question (sample {questions[row].live.sample.id!r}: "
+                f"logits {packed[row, :4].tolist()}, then {again[row, :4].tolist()}): "
+                f"turn off what is random in it (dropout, sampling) before it is attacked"
+            )
+
+    @torch.inference_mode()
+    def _forward(self, questions: list[_Question]) -> tuple[np.ndarray, int]:
+        """Run a batch: (B, C + 3) logits, margin, embedding argmax and embedding shift; and C."""
+        store, model = self._store, self.model
+        dtype = AUTOCAST[self.precision]
+        slots = self._tensor([q.live.slot for q in questions])
+        # A clean question is the first of its sample: it fills the slot's features.
+        clean = [row for row, q in enumerate(questions) if not q.key and not q.fresh]
+        with torch.autocast(self.device.type, dtype) if dtype else nullcontext():
+            features = {name: self._encode(name, questions, slots, clean) for name in model.modalities}
+            embedding = model.fuse(features)
+            logits = model.head(embedding)
+        logits, embedding = logits.float() if dtype else logits, embedding.float() if dtype else embedding
+        if clean:
+            rows = self._tensor(clean)
+            store.keep_embedding(slots[rows], embedding[rows])
+        assert store.embedding is not None
+        labels = store.labels[slots][:, None]
+        own = logits.gather(1, labels)
+        best_other = logits.scatter(1, labels, float("-inf")).amax(1, keepdim=True)
+        shift = 1 - torch.cosine_similarity(embedding, store.embedding[slots], dim=1)
+        numbers = [logits, own - best_other, embedding.argmax(1, keepdim=True), shift[:, None]]
+        self.statistics.batches += 1
+        self.statistics.rows += len(questions)
+        return torch.cat([n.double() for n in numbers], 1).cpu().numpy(), logits.shape[1]
+
+    def _encode(self, name: str, questions: list[_Question], slots: Tensor, clean: list[int]) -> Features:
+        """Features (B, ...) of one modality: encoded where touched, else from the slots.
+
+        Questions that leave the same part of the same sample are encoded once.
+        """
+        store, modality = self._store, self.model.modalities[name]
+        parts: dict[Any, int] = {}
+        rows: list[int] = []  # of the batch, that need encoding
+        index: list[int] = []  # which part each of them is
+        for row, q in enumerate(questions):
+            bits = next((bits for n, bits in q.key if n == name), 0)
+            if bits or q.fresh or not q.key or not self.reuse_features:
+                part = (q.live.slot, bits) if self.reuse_features and not q.fresh else row
+                rows.append(row)
+                index.append(parts.setdefault(part, len(parts)))
+        if not rows:
+            return map_features(lambda room: room[slots], store.features[name])
+        first: dict[int, int] = {}
+        for row, part in zip(rows, index, strict=True):
+            first.setdefault(part, row)
+        asked = [questions[row] for row in first.values()]
+        boxes = [
+            [modality.box(r, q.live.sample.layouts[name]) for r in q.removal.regions if r.modality == name]
+            for q in asked
+        ]
+        sources = self._tensor([q.live.slot for q in asked])
+        x = store.inputs[name][sources]
+        most = max(map(len, boxes))
+        if most:
+            width = max(len(box) for row in boxes for box in row)
+            padded = [row + [(0,) * width] * (most - len(row)) for row in boxes]
+            baseline = store.baselines[name][sources] if name in store.baselines else None
+            x = modality.occlude(x, self._tensor(padded), self.threat_model.replacement[name], baseline)
+        encoded = self.model.encode(name, x)
+        self.statistics.encoded[name] += len(asked)
+        if len(parts) < len(rows):
+            expand = self._tensor(index)
+            encoded = map_features(lambda t: t[expand], encoded)
+        if clean:
+            kept = self._tensor(
+                [i for i, row in enumerate(rows) if not questions[row].key and not questions[row].fresh]
+            )
+            store.keep_features(name, slots[self._tensor(clean)], map_features(lambda t: t[kept], encoded))
+        if len(rows) == len(questions):
+            return encoded
+        at = self._tensor(rows)
+        return map_features(
+            lambda room, new: room[slots].index_copy_(0, at, new.to(room.dtype)), store.features[name], encoded
+        )
+
+    def _tensor(self, values: Any) -> Tensor:
+        return torch.tensor(values, device=self.device)
+
+
+def evaluate(
+    model: MultimodalModel,
+    dataset: Iterable[Sample],
+    attack: Attack,
+    *,
+    threat_model: ThreatModel | None = None,
+    batch_size: int = 64,
+    device: str | torch.device | None = None,
+    precision: str = "32",
+    seed: int = 0,
+    progress: bool = False,
+) -> list[AttackResult]:
+    """Attack every sample of a dataset; the whole of MUROAN in one call, without Lightning or Hydra.
+
+    Args:
+        model: is put into evaluation mode and moved to `device`, if one is given.
+        dataset: samples as the model takes them, such as `EasyVQA().prepared("test")`.
+        threat_model, batch_size, precision, seed: see `QueryEngine`.
+        progress: show a progress bar.
+
+    Returns:
+        One record a sample, in the dataset's order.
+
+    Raises:
+        MuroanError: see `QueryEngine`; a sample that cannot be read.
+    """
+    from tqdm.auto import tqdm
+
+    model = model.eval() if device is None else model.eval().to(device)
+    engine = QueryEngine(model, attack, threat_model, batch_size, precision, seed)
+    total = len(dataset) if hasattr(dataset, "__len__") else None  # type: ignore[arg-type]
+    results, flipped, attacked = [], 0, 0
+    with tqdm(total=total, desc=attack.name, unit="sample", disable=not progress) as bar:
+        for result in engine.run(sample for sample in dataset if isinstance(sample, Sample)):
+            results.append(result)
+            flipped, attacked = flipped + result.flipped, attacked + result.attacked
+            bar.set_postfix_str(f"success {100 * flipped / max(1, attacked):.1f} %", refresh=False)
+            bar.update()
+    return sorted(results, key=lambda r: r.index)

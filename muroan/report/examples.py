@@ -1,0 +1,139 @@
+"""The samples that a report shows, and what it takes to draw them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from muroan.report.runs import Run
+from muroan.results import AttackResult
+
+SMALL = 0.07  # of the picture's longer side: a smaller region gets a ring around it, or nobody would find it
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image and its removed boxes, (x, y, width, height), and rings, (x, y, radius), in pixels of the image."""
+
+    width: int
+    height: int
+    png: str
+    boxes: list[tuple[int, int, int, int]]
+    rings: list[tuple[float, float, float]]
+    kind: str = "image"
+
+
+@dataclass(frozen=True)
+class Wave:
+    """A sound: the outline of its peaks as the path of an SVG of width 1000 and height 100, and removed stretches.
+
+    Attributes:
+        stretches: (x, width) in the units of the SVG.
+        seconds: its length.
+        times: the stretches in words.
+    """
+
+    outline: str
+    stretches: list[tuple[float, float]]
+    seconds: float
+    times: list[str]
+    kind: str = "audio"
+
+
+@dataclass(frozen=True)
+class Words:
+    """A text: its words, and whether each was removed."""
+
+    words: list[tuple[str, bool]]
+    kind: str = "text"
+
+
+@dataclass(frozen=True)
+class Other:
+    """An input of a kind that the report cannot draw: its removed regions in words."""
+
+    regions: list[str]
+    kind: str = "other"
+
+
+Drawing = Picture | Wave | Words | Other
+
+
+def draw(result: AttackResult, modality: str) -> Drawing:
+    """One input of a sample that was kept for display, with what the attack removed of it."""
+    media = (result.media or {})[modality]
+    removed = [(start, stop) for name, start, stop in result.regions if name == modality]
+    kind = media.get("kind")
+    if kind == "image":
+        return _picture(media, removed)
+    if kind == "audio":
+        return _wave(media, removed)
+    if kind == "text":
+        gone = {i for (a,), (b,) in removed for i in range(a, b)}
+        return Words([(str(word), i in gone) for i, word in enumerate(media["words"])])
+    return Other([f"{list(start)} to {list(stop)}" for start, stop in removed])
+
+
+def _picture(media: dict[str, Any], removed: Sequence[Any]) -> Picture:
+    height, width = media["grid"]
+    boxes = [(x, y, right - x, bottom - y) for (y, x), (bottom, right) in removed]
+    small = SMALL * max(height, width)
+    rings = [(x + w / 2, y + h / 2, small) for x, y, w, h in boxes if max(w, h) < small]
+    return Picture(width, height, str(media["png"]), boxes, rings)
+
+
+def _wave(media: dict[str, Any], removed: Sequence[Any]) -> Wave:
+    (length,), rate, peaks = media["grid"], media["rate"], media["peaks"]
+    loudest = max((abs(p) for pair in peaks for p in pair), default=0) or 1
+    step = 1000 / max(1, len(peaks))
+
+    def point(i: int, peak: float) -> str:
+        return f"{(i + 0.5) * step:.1f} {50 - 46 * peak / loudest:.1f}"
+
+    upper = [point(i, high) for i, (_, high) in enumerate(peaks)]
+    lower = [point(i, low) for i, (low, _) in reversed(list(enumerate(peaks)))]
+    spans = sorted((a, b) for (a,), (b,) in removed)
+    stretches = [(round(1000 * a / length, 2), round(1000 * (b - a) / length, 2)) for a, b in spans]
+    times = [f"{a / rate:.3f}–{b / rate:.3f} s" for a, b in spans]
+    return Wave(f"M{' L'.join(upper + lower)} Z", stretches, length / rate, times)
+
+
+def choose(runs: Sequence[Run], least: int = 12, most: int = 24) -> list[tuple[Run, AttackResult]]:
+    """A spread of attacked samples that can be drawn: three quarters flipped, by different modalities; some held.
+
+    Every choice is by the samples' order: the same records give the same examples. Inputs that were not shown yet
+    come first.
+    """
+    flipped: dict[tuple[tuple[str, ...], str], list[tuple[Run, AttackResult]]] = {}
+    others: dict[tuple[str, str], list[tuple[Run, AttackResult]]] = {}
+    for run in runs:
+        for r in run.records:
+            if r.media and r.flipped:
+                flipped.setdefault((r.removal.modalities, run.label), []).append((run, r))
+            elif r.media and r.attacked:
+                others.setdefault((r.status, run.label), []).append((run, r))
+    count = min(most, max(least, 3 * len(runs)))
+    held = sum(map(len, others.values()))
+    shown: set[str] = set()
+    first = _take([flipped[key] for key in sorted(flipped)], count - min(held, count // 4), shown)
+    return first + _take([others[key] for key in sorted(others)], count - len(first), shown)
+
+
+def _take(buckets: list[list[tuple[Run, AttackResult]]], count: int, shown: set[str]) -> list[tuple[Run, AttackResult]]:
+    """Up to `count` in turn from every bucket; `shown` remembers the inputs between calls."""
+    taken: list[tuple[Run, AttackResult]] = []
+    while any(buckets) and len(taken) < count:
+        for bucket in buckets:
+            if bucket and len(taken) < count:
+                looks = [_look(r) for _, r in bucket]
+                place = next((i for i, look in enumerate(looks) if look not in shown), 0)
+                shown.add(looks[place])
+                taken.append(bucket.pop(place))
+    return taken
+
+
+def _look(result: AttackResult) -> str:
+    """What an example looks like at a glance: its first input. Many questions can be about one picture."""
+    media = result.media or {}
+    return repr(media[min(media)])

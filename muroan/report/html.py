@@ -1,0 +1,160 @@
+"""One self-contained page about one or several runs, and the files beside it."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from muroan.report import examples, plots, tables
+from muroan.report.runs import Comparison, Run, by_target, compare, find_runs
+from muroan.report.tables import figure, interval, whole
+from muroan.results import Count, write_json
+
+
+def build(folders: Sequence[Path], out: Path) -> Path:
+    """Write the report of finished, or unfinished, runs from their records alone. No model is loaded.
+
+    The same records give the same bytes.
+
+    Args:
+        folders: run folders, or folders that hold such at any depth.
+        out: folder for `report.html`, `table.md`, `curve.png`, `summary.json` and `records.jsonl`, the records
+            of all runs, each with its `run`, `model` and `dataset`; made when missing.
+
+    Returns:
+        The path of `report.html`.
+
+    Raises:
+        MuroanError: a folder holds no run, or a file of a run cannot be understood.
+    """
+    runs = find_runs(folders)
+    comparisons = compare(runs)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "records.jsonl").open("w") as file:
+        for run in runs:
+            which = {"run": run.folder, "model": run.model, "dataset": run.dataset}
+            file.writelines(json.dumps({**which, **json.loads(r.to_json())}) + "\n" for r in run.records)
+    write_json(out / "summary.json", tables.summary(runs, comparisons))
+    (out / "table.md").write_text(tables.markdown(runs))
+    (out / "curve.png").write_bytes(plots.curve(runs))
+    page = out / "report.html"
+    page.write_text(render(runs, comparisons), encoding="utf-8")
+    return page
+
+
+def render(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> str:
+    """The page, everything that it shows inside it."""
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment.filters.update(
+        figure=figure,
+        whole=whole,
+        json=lambda content: json.dumps(content, indent=2, ensure_ascii=False),
+    )
+    template = environment.from_string(resources.files("muroan.report").joinpath("report.html.jinja").read_text())
+    modalities = sorted({name for run in runs for name in run.modalities})
+    histograms, ticks = plots.query_histograms(runs)
+    strongest = [_strongest(group) for group in by_target(runs)]
+    return template.render(
+        runs=runs,
+        lead=max(strongest, key=lambda run: run.value("attack_success_rate") or 0.0),
+        title=f"Robustness of {_listed(sorted({run.model for run in runs}))}",
+        findings=[finding(group) for group in by_target(runs)],
+        warnings=warnings(runs, comparisons),
+        comparisons=comparisons,
+        samples={run.dataset: len({r.id for x in runs if x.dataset == run.dataset for r in x.records}) for run in runs},
+        attacks=list(dict.fromkeys(run.attack for run in runs)),
+        colour={run.label: plots.colour(place) for place, run in enumerate(runs)},
+        palettes=plots.COLOURS,
+        main=tables.MAIN,
+        detail=tables.detail(runs),
+        cell=tables.cell,
+        interval=interval,
+        definitions=tables.DEFINITIONS,
+        statuses=tables.STATUSES,
+        nothing=tables.NOTHING,
+        curves={
+            (size, dark): base64.b64encode(plots.curve(runs, dark, *inches)).decode()
+            for size, inches in {"wide": (7.2, 4.4), "narrow": (4.4, 4.6)}.items()
+            for dark in (False, True)
+        },
+        modalities=modalities,
+        shares=[plots.shares(run, modalities) for run in runs],
+        histograms=histograms,
+        ticks=ticks,
+        examples=examples.choose(runs),
+        draw=examples.draw,
+        ledger=mean_ledger,
+    )
+
+
+def mean_ledger(run: Run) -> dict[str, Count]:
+    """What an attacked sample cost on average, by phase; the fields of each count are means."""
+    spent = [r.ledger for r in run.records if r.attacked]
+    phases = dict.fromkeys(phase for ledger in spent for phase in ledger)
+
+    def mean(phase: str, what: str) -> Any:
+        return sum(getattr(ledger.get(phase, Count()), what) for ledger in spent) / len(spent)
+
+    return {p: Count(mean(p, "queries"), mean(p, "forwards"), mean(p, "cache_hits")) for p in phases}
+
+
+def _strongest(group: Sequence[Run]) -> Run:
+    """The guided attack that flips most; a random control only where there is nothing else."""
+    return max(group, key=lambda run: (not run.is_control, run.value("attack_success_rate") or 0.0))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def finding(group: Sequence[Run]) -> str:
+    """One plain sentence about the attacks on one target, the strongest first."""
+    lead = _strongest(group)
+    rate, size = lead.value("attack_success_rate"), lead.value("decoupled_fraction_median")
+    if rate is None:
+        return f"{lead.model} got no sample of {lead.dataset} right, so there was nothing to attack."
+    if not lead.statuses["flipped"]:
+        said = f"{lead.attack} flips none of the samples that {lead.model} gets right on {lead.dataset}"
+    else:
+        by = f" by removing {figure(size, 'fraction')} % of the input (median)" if size else ""
+        whose = f"the samples that {lead.model} gets right on {lead.dataset}"
+        said = f"{lead.attack} flips {figure(rate, 'rate')} % of {whose}{by}"
+    others = []
+    for run in group:
+        rate, size = run.value("attack_success_rate"), run.value("decoupled_fraction_median")
+        if run is not lead and rate is not None:
+            by = f" by removing {figure(size, 'fraction')} %" if size else ""
+            others.append(f"{run.attack} flips {figure(rate, 'rate')} %{by}")
+    return f"{'; '.join([said, *others])}."
+
+
+def warnings(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> list[str]:
+    """What a reader must know before believing the figures."""
+    said = []
+    for run in runs:
+        if not run.finished:
+            said.append(f"{run.label} is unfinished: {whole(len(run.records))} records so far.")
+        if run.unreadable:
+            said.append(f"{run.label}: {whole(len(run.unreadable))} samples could not be read and are not counted.")
+        if run.about.get("disagreements"):
+            said.append(
+                f"{run.label}: for {run.about['disagreements']} samples the model, asked again about the winning "
+                f"removal, answered otherwise than during the search; only what the check confirmed is counted."
+            )
+    for c in comparisons:
+        if not c.n:
+            said.append(f"{c.guided.label} and {c.control.label} attacked no sample in common: no comparison.")
+        elif not c.better:
+            said.append(
+                f"{c.guided.label} does not flip more than the random control {c.control.attack}: the difference is "
+                f"{figure(c.success['value'], 'rate')} percentage points, 95 % interval "
+                f"[{interval(c.success, 'rate')}], over {whole(c.n)} samples that both attacked."
+            )
+    return said

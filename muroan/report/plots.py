@@ -1,0 +1,183 @@
+"""The figures of a report: the success curve by matplotlib, shares and queries as numbers that the page draws."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from muroan.metrics import success_curve
+from muroan.modalities import stable_seed
+from muroan.report.runs import Run
+
+# After Okabe and Ito, who chose colours that people with any colour vision tell apart; the second row is for
+# dark paper. The yellow is left out: it cannot be read on white.
+COLOURS = (
+    ("#0072b2", "#d55e00", "#009e73", "#b8578f", "#c98a00", "#3d9ad1", "#5f5f5f", "#7a4f1d"),
+    ("#58aee6", "#ff8a4a", "#2fc79b", "#e59ac6", "#f0b93a", "#9bd3f5", "#b5b5b5", "#cfa071"),
+)
+DASHES = ("-", (0, (5, 2)), (0, (1.2, 1.6)), (0, (6, 2, 1.2, 2)))
+PAPER = ("#ffffff", "#16181c")
+INK = ("#1d2127", "#e6e8eb")
+MUTED = ("#66707c", "#98a1ad")
+RULE = ("#e4e7eb", "#2d3138")
+
+
+def colour(place: int) -> int:
+    """Which colour the run at this place of the report has."""
+    return place % len(COLOURS[0])
+
+
+def success_band(run: Run, grid: np.ndarray, resamples: int = 400) -> tuple[np.ndarray, np.ndarray]:
+    """The 95 % bootstrap band of the success curve.
+
+    Args:
+        grid: (G,) decoupled fractions, in percent.
+
+    Returns:
+        low, high: (G,) percent of attacked samples.
+    """
+    fractions = np.array([r.decoupled_fraction if r.flipped else np.inf for r in run.records if r.attacked])
+    n = len(fractions)
+    rng = np.random.default_rng(stable_seed("curve"))
+    # A resample is how often each sample was drawn: its curve is one product of matrices.
+    times = rng.multinomial(n, np.full(n, 1 / n), resamples)
+    rates = 100 * times @ (fractions[:, None] <= grid) / n
+    low, high = np.percentile(rates, [2.5, 97.5], axis=0)
+    return low, high
+
+
+def curve(runs: Sequence[Run], dark: bool = False, width: float = 7.2, height: float = 4.4) -> bytes:
+    """Success rate against decoupled fraction, all runs in one plot with bootstrap bands.
+
+    Args:
+        dark: for a dark page.
+        width, height: inches.
+
+    Returns:
+        A PNG; the same bytes for the same records.
+    """
+    paper, ink, muted, rule = (pair[dark] for pair in (PAPER, INK, MUTED, RULE))
+    picture = Figure(figsize=(width, height), dpi=200, facecolor=paper, layout="constrained")
+    FigureCanvasAgg(picture)
+    axes = picture.add_subplot(facecolor=paper)
+    flips = [[r.decoupled_fraction for r in run.records if r.flipped] for run in runs]
+    positive = [f for fractions in flips for f in fractions if f > 0]
+    left = min(positive, default=0.1) / 1.6
+    right = min(100.0, max(positive, default=10.0) * 1.6)
+    grid = np.geomspace(left, right, 300)
+    attacks = list(dict.fromkeys(run.attack for run in runs))
+    for place, (run, fractions) in enumerate(zip(runs, flips, strict=True)):
+        attacked = sum(r.attacked for r in run.records)
+        if not attacked:
+            continue
+        x, y = success_curve(np.maximum(fractions, left).tolist(), attacked)
+        last = y[-1] if len(y) else 0.0
+        x, y = np.concatenate([[left], x, [right]]), np.concatenate([[0.0], y, [last]])
+        shade = COLOURS[dark][colour(place)]
+        dash = DASHES[attacks.index(run.attack) % len(DASHES)]
+        axes.step(x, y, where="post", color=shade, linestyle=dash, linewidth=1.9, label=run.label)
+        axes.fill_between(grid, *success_band(run, grid), step="post", color=shade, alpha=0.14, linewidth=0)
+    if not positive:
+        axes.text(0.5, 0.5, "no sample was flipped", transform=axes.transAxes, ha="center", color=muted, fontsize=11)
+    axes.set_xscale("log")
+    axes.set_xlim(left, right)
+    axes.set_ylim(0, 100)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if right / left > 30 else (1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_yticks(range(0, 101, 20))
+    axes.set_xlabel("decoupled fraction, % of the input's elements (log scale)", color=ink, fontsize=10.5, labelpad=8)
+    axes.set_ylabel("success rate, % of attacked samples", color=ink, fontsize=10.5, labelpad=8)
+    axes.tick_params(which="both", colors=muted, labelsize=10, length=0)
+    axes.tick_params(axis="x", which="major", length=4, color=rule)
+    axes.grid(axis="y", color=rule, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(rule)
+    if axes.get_legend_handles_labels()[1]:
+        legend = picture.legend(
+            loc="outside upper left",
+            ncols=1 if width < 5 or max(len(run.label) for run in runs) > 40 else 2,
+            frameon=False,
+            labelcolor=ink,
+            fontsize=10,
+            handlelength=2.6,
+        )
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # a name with $ in it is a name
+    buffer = io.BytesIO()
+    picture.savefig(buffer, format="png", facecolor=paper, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class Share:
+    """A part of the flipped samples of a run.
+
+    Attributes:
+        name: what the removal lies in.
+        kind: place of the modality among the report's, `joint`, or `interaction`.
+        percent: of the flipped samples.
+    """
+
+    name: str
+    kind: str
+    percent: float
+
+
+def shares(run: Run, modalities: Sequence[str]) -> list[Share]:
+    """Which modality carries the winning removals: parts that make up 100 % of the flipped samples."""
+    if not run.statuses["flipped"]:
+        return []
+    parts = [
+        Share(f"{name} alone", str(place), run.value(f"modality_share_{name}") or 0.0)
+        for place, name in enumerate(modalities)
+    ]
+    interaction = run.value("interaction") or 0.0
+    joint = (run.value("modality_share_joint") or 0.0) - interaction
+    parts += [Share("joint", "joint", max(0.0, joint)), Share("joint, only together", "interaction", interaction)]
+    return [part for part in parts if part.percent > 0]
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Attacked samples by the number of queries.
+
+    Attributes:
+        bars: (flipped, others) of each bin, in percent of the fullest one.
+        median: queries; None when nothing was attacked.
+    """
+
+    bars: list[tuple[float, float]]
+    median: float | None
+
+
+def query_histograms(runs: Sequence[Run], bins: int = 32) -> tuple[list[Histogram], list[tuple[float, int]]]:
+    """How many queries the attacks took: one histogram a run over the same logarithmic bins.
+
+    Returns:
+        The histograms, and the axis's ticks: (place in percent of the width, queries).
+    """
+    most = max((r.queries for run in runs for r in run.records if r.attacked), default=1)
+    end = max(10.0, float(most)) * 1.02
+    edges = np.geomspace(1, end, bins + 1)
+    found = []
+    for run in runs:
+        asked = {
+            flag: np.array([max(1, r.queries) for r in run.records if r.attacked and r.flipped is flag], dtype=float)
+            for flag in (True, False)
+        }
+        counts = [np.histogram(asked[flag], edges)[0] for flag in (True, False)]
+        fullest = max(1, (counts[0] + counts[1]).max())
+        bars = [(100 * float(a) / fullest, 100 * float(b) / fullest) for a, b in zip(*counts, strict=True)]
+        every = [r.queries for r in run.records if r.attacked]
+        found.append(Histogram(bars, float(np.median(every)) if every else None))
+    powers = range(int(np.log10(end)) + 1)
+    return found, [(100 * power / float(np.log10(end)), 10**power) for power in powers]

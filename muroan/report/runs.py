@@ -1,0 +1,172 @@
+"""The runs that a report is about, and how attacks on the same model compare."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from muroan.errors import MuroanError
+from muroan.metrics import bootstrap, curve_score, summarise
+from muroan.results import AttackResult, RunFolder
+
+
+@dataclass(frozen=True)
+class Run:
+    """One attack on one model, as its folder tells it.
+
+    Attributes:
+        folder: its path below the folder that all runs of the report share.
+        about: what `run.json` says.
+        records: one a sample, in the samples' order.
+        finished: whether all samples were attacked.
+        label: what the run is called in the report, unique in it.
+    """
+
+    folder: str
+    about: dict[str, Any]
+    records: list[AttackResult]
+    finished: bool
+    label: str = ""
+
+    @property
+    def attack(self) -> str:
+        return str(self.about["attack"])
+
+    @property
+    def model(self) -> str:
+        return str(self.about["model"])
+
+    @property
+    def dataset(self) -> str:
+        return str(self.about["dataset"])
+
+    @property
+    def is_control(self) -> bool:
+        """Whether the attack removes at random: what a guided attack has to beat."""
+        return "random" in self.attack.lower()
+
+    @property
+    def target(self) -> tuple[str, str, str]:
+        """What was attacked: dataset, model and weights. Runs with the same target can be compared."""
+        return self.dataset, self.model, str((self.about.get("checkpoint") or {}).get("sha256"))
+
+    @property
+    def modalities(self) -> list[str]:
+        return sorted({name for r in self.records for name in r.total})
+
+    @property
+    def unreadable(self) -> list[Any]:
+        return list(self.about.get("unreadable") or [])
+
+    @cached_property
+    def statuses(self) -> Counter[str]:
+        return Counter(r.status for r in self.records)
+
+    @cached_property
+    def summary(self) -> dict[str, dict[str, float | None]]:
+        """Every metric with its interval."""
+        return summarise(self.records)
+
+    def value(self, metric: str) -> float | None:
+        return self.summary.get(metric, {}).get("value")
+
+    def class_name(self, label: int) -> str:
+        classes = self.about["classes"]
+        return str(classes[label]) if 0 <= label < len(classes) else f"class {label}"
+
+
+def find_runs(folders: Iterable[Path]) -> list[Run]:
+    """Every run in the folders or below them, sorted by dataset, model and attack, random controls last.
+
+    Raises:
+        MuroanError: a folder is missing or has no run below it, or a `run.json` is not an attack's.
+    """
+    found: set[Path] = set()
+    for folder in map(Path, folders):
+        below = [file.parent.resolve() for file in folder.rglob("run.json")] if folder.is_dir() else []
+        if not below:
+            missing = "has no run.json in it or below it" if folder.is_dir() else "is not a folder"
+            raise MuroanError(f"{folder} {missing}: name a folder that `muroan attack` wrote, or one that holds such")
+        found.update(below)
+    if not found:
+        raise MuroanError("a report needs at least one run folder, got none")
+    common = Path(os.path.commonpath(found))
+    runs = [_read(path, str(path.relative_to(common)) if path != common else path.name) for path in sorted(found)]
+    runs.sort(key=lambda run: (run.target, run.is_control, run.attack, run.folder))
+    return _label(runs)
+
+
+def _read(path: Path, name: str) -> Run:
+    folder = RunFolder(path)
+    about = folder.run
+    absent = {"attack", "model", "dataset", "classes"} - set(about)
+    if absent:
+        raise MuroanError(f"{path / 'run.json'} lacks {', '.join(sorted(absent))}: it is not of an attack run")
+    return Run(name, about, folder.records(), folder.finished)
+
+
+def _label(runs: Sequence[Run]) -> list[Run]:
+    """Name every run by its attack and model, and by what else it takes to tell it apart."""
+
+    def names(parts: Sequence[str]) -> list[str]:
+        return [" · ".join(getattr(run, part) for part in parts) for run in runs]
+
+    labels = names(["attack", "model"])
+    if len({run.dataset for run in runs}) > 1:
+        labels = names(["attack", "model", "dataset"])
+    often = Counter(labels)
+    labels = [f"{x} ({run.folder})" if often[x] > 1 else x for x, run in zip(labels, runs, strict=True)]
+    return [Run(r.folder, r.about, r.records, r.finished, label) for r, label in zip(runs, labels, strict=True)]
+
+
+def by_target(runs: Sequence[Run]) -> list[list[Run]]:
+    """The runs of each target, in the report's order."""
+    return [list(group) for _, group in groupby(runs, key=lambda run: run.target)]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A guided attack against a random control on the same samples.
+
+    Attributes:
+        n: samples that both attacked.
+        success: difference of the success rates in percentage points, with its paired bootstrap interval.
+        area: the same of the area under the success curve, in which smaller removals count more.
+    """
+
+    guided: Run
+    control: Run
+    n: int
+    success: dict[str, float | None]
+    area: dict[str, float | None]
+
+    @property
+    def better(self) -> bool:
+        """Whether the guided attack flips more, beyond what chance explains."""
+        return self.success["low"] is not None and self.success["low"] > 0
+
+
+def compare(runs: Sequence[Run]) -> list[Comparison]:
+    """Every guided attack against every random control on the same target, paired by sample id."""
+
+    def area(r: AttackResult) -> float:
+        return 100 * curve_score(r.decoupled_fraction) if r.flipped else 0.0
+
+    found = []
+    for group in by_target(runs):
+        for control in (run for run in group if run.is_control):
+            drawn = {r.id: r for r in control.records if r.attacked}
+            for guided in (run for run in group if not run.is_control):
+                pairs = [(r, drawn[r.id]) for r in guided.records if r.attacked and r.id in drawn]
+                success = np.array([100.0 * (r.flipped - other.flipped) for r, other in pairs])
+                areas = np.array([area(r) - area(other) for r, other in pairs])
+                found.append(Comparison(guided, control, len(pairs), bootstrap(success), bootstrap(areas)))
+    return found

@@ -1,0 +1,173 @@
+"""What the figures of a report are called, how they are written, and the tables that hold them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from muroan.metrics import CURVE_LIMIT
+from muroan.report.runs import Comparison, Run
+
+Unit = Literal["rate", "fraction", "count"]
+
+NOTHING = "–"  # stands where there is nothing to measure
+
+
+@dataclass(frozen=True)
+class Column:
+    """A metric of `muroan.metrics.summarise` as the report shows it."""
+
+    metric: str
+    heading: str
+    unit: Unit
+
+    @property
+    def suffix(self) -> str:
+        return "" if self.unit == "count" else "%"
+
+
+MAIN = (
+    Column("clean_accuracy", "clean accuracy", "rate"),
+    Column("robust_accuracy", "robust accuracy", "rate"),
+    Column("attack_success_rate", "success rate", "rate"),
+    Column("decoupled_fraction_mean", "decoupled fraction, mean", "fraction"),
+    Column("decoupled_fraction_median", "decoupled fraction, median", "fraction"),
+    Column("queries", "queries", "count"),
+)
+
+DEFINITIONS = {
+    "clean accuracy": "samples that the model gets right without attack, over all samples.",
+    "robust accuracy": "samples that it still gets right after the attack, over all samples.",
+    "success rate": "samples whose prediction the attack flips, over attacked samples. A sample that the model "
+    "gets wrong beforehand is skipped and never counted as a success.",
+    "decoupled fraction": "removed elements (pixels, words, audio samples), each counted once, over all elements "
+    "of the input; mean and median over flipped samples. By modality: over the elements of that modality alone.",
+    "curve area": "area under the curve of success rate against decoupled fraction, from 0 to "
+    f"{CURVE_LIMIT:g} % of the input, over the largest possible area.",
+    "queries": "different removals that the attack asked the model about, mean over attacked samples.",
+    "forwards": "times that the model ran for a sample, checks of the result included, mean over attacked samples.",
+    "cache hits": "questions answered without a run, because the same elements had been removed before, mean over "
+    "attacked samples.",
+    "one-minimal": "flipped samples in which putting any one removed part back restores the prediction, over those "
+    "where that was checked.",
+    "interaction": "flipped samples in which the removal flips only jointly: none of its one-modality parts does "
+    "alone; over flipped samples.",
+    "modality share": "flipped samples whose removal lies in one modality alone, or in several jointly; over flipped "
+    "samples.",
+    "interval": "95 % percentile bootstrap over samples, 1000 resamples, fixed seed.",
+}
+
+STATUSES = {
+    "flipped": "the prediction changed",
+    "held": "the attack found nothing and gave up",
+    "budget_exhausted": "the attack ran out of queries",
+    "skipped": "the model was wrong before the attack",
+}
+
+
+def detail(runs: Sequence[Run]) -> list[Column]:
+    """The columns of the second table; every modality brings its own."""
+    modalities = sorted({name for run in runs for name in run.modalities})
+    fractions = [
+        Column(f"decoupled_fraction_{name}_{how}", f"{name} fraction, {how}", "fraction")
+        for name in modalities
+        for how in ("mean", "median")
+    ]
+    return [
+        *fractions,
+        Column("curve_area", "curve area", "rate"),
+        Column("one_minimal", "one-minimal", "rate"),
+        Column("interaction", "interaction", "rate"),
+        Column("forwards", "forwards", "count"),
+        Column("cache_hits", "cache hits", "count"),
+    ]
+
+
+def whole(n: float) -> str:
+    """A whole number with thin spaces between thousands."""
+    return f"{n:,.0f}".replace(",", "\u202f")
+
+
+def decimals(value: float, unit: Unit) -> int:
+    """How many decimals a figure deserves: a rate has one, a small fraction two digits that mean something."""
+    if unit == "rate":
+        return 1
+    if unit == "count":
+        return 0 if abs(value) >= 100 else 1
+    if value == 0 or abs(value) >= 10:
+        return 1
+    return 2 if abs(value) >= 0.1 else 1 - math.floor(math.log10(abs(value)))
+
+
+def figure(value: float | None, unit: Unit, like: float | None = None) -> str:
+    """A figure as text, with the decimals that `like` would have."""
+    if value is None:
+        return NOTHING
+    places = decimals(value if like is None else like, unit)
+    return f"{value:,.{places}f}".replace(",", "\u202f")
+
+
+def interval(estimate: Mapping[str, float | None], unit: Unit) -> str:
+    """`low, high` with as many decimals as the value; empty where there is none."""
+    if estimate.get("low") is None:
+        return ""
+    return f"{figure(estimate['low'], unit, estimate['value'])}, {figure(estimate['high'], unit, estimate['value'])}"
+
+
+def cell(run: Run, column: Column) -> tuple[str, str]:
+    """A metric of a run and its interval, as text."""
+    estimate = run.summary.get(column.metric, {})
+    return figure(estimate.get("value"), column.unit), interval(estimate, column.unit)
+
+
+def markdown(runs: Sequence[Run]) -> str:
+    """The tables in Markdown, figures with their intervals in brackets, and what they mean."""
+
+    def clean(text: str) -> str:
+        return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+    def table(columns: Sequence[Column]) -> str:
+        heads = [f"{c.heading} ({c.suffix})" if c.suffix else c.heading for c in columns]
+        lines = [["run", "n", *heads], [":--", *["--:"] * (1 + len(heads))]]
+        for run in runs:
+            texts = (cell(run, c) for c in columns)
+            figures = [f"{value} [{span}]" if span else value for value, span in texts]
+            n = whole(len(run.records)) + ("" if run.finished else " (unfinished)")
+            lines.append([clean(run.label), n, *figures])
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+    terms = "; ".join(f"*{term}*: {meaning.rstrip('.')}" for term, meaning in DEFINITIONS.items())
+    return f"{table(MAIN)}\n{table(detail(runs))}\n{terms}.\n"
+
+
+def summary(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> dict[str, Any]:
+    """Everything measured, and where it comes from, as plain JSON."""
+    kept = ("attack", "model", "dataset", "fingerprint", "seed", "checkpoint", "versions", "config")
+    return {
+        "runs": [
+            {
+                "label": run.label,
+                "folder": run.folder,
+                **{key: run.about.get(key) for key in kept},
+                "finished": run.finished,
+                "records": len(run.records),
+                "statuses": {status: run.statuses[status] for status in STATUSES},
+                "unreadable": run.unreadable,
+                "disagreements": run.about.get("disagreements"),
+                "metrics": run.summary,
+            }
+            for run in runs
+        ],
+        "against_random": [
+            {
+                "guided": c.guided.label,
+                "control": c.control.label,
+                "samples": c.n,
+                "attack_success_rate_difference": c.success,
+                "curve_area_difference": c.area,
+            }
+            for c in comparisons
+        ],
+    }

@@ -1,0 +1,116 @@
+"""The LightningModule around a target model: trains it, and gives `trainer.test` something to attack."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from muroan.data.samples import Batch
+from muroan.errors import MuroanError
+from muroan.models.base import MultimodalModel, Prediction
+
+
+class MultimodalModule(pl.LightningModule):
+    """Cross-entropy training with AdamW and a one-cycle learning rate (Smith and Topin, arXiv 1708.07120).
+
+    Args:
+        model: the target model.
+        lr: peak learning rate.
+        weight_decay: of matrices; biases, norms and embeddings of one axis are not decayed.
+        warmup: share of the steps in which the learning rate rises.
+
+    Logs `train/loss`, `val/loss`, `val/accuracy` and `test/accuracy` (percent).
+    """
+
+    def __init__(self, model: MultimodalModel, lr: float = 1e-3, weight_decay: float = 0.01, warmup: float = 0.3):
+        super().__init__()
+        self.model = model
+        self.lr, self.weight_decay, self.warmup = lr, weight_decay, warmup
+        self.accuracy = MeanMetric()
+
+    def forward(self, batch: Batch) -> Prediction:
+        return self.model(batch.inputs, batch.rows)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        if len(batch) == 0:
+            return None  # every sample of the batch was unreadable
+        loss = F.cross_entropy(self(batch).logits, batch.labels)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._judge(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._judge(batch, "test")
+
+    def _judge(self, batch: Batch, split: str) -> None:
+        if len(batch) == 0:
+            return
+        logits = self(batch).logits
+        self.accuracy.update(100.0 * (logits.argmax(1) == batch.labels).float())
+        self.log(f"{split}/accuracy", self.accuracy, prog_bar=True, on_epoch=True, on_step=False, batch_size=len(batch))
+        if split == "val":
+            loss = F.cross_entropy(logits, batch.labels)
+            self.log("val/loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        decayed = [p for p in self.model.parameters() if p.requires_grad and p.ndim > 1]
+        plain = [p for p in self.model.parameters() if p.requires_grad and p.ndim <= 1]
+        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=self.lr)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=steps, pct_start=self.warmup)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def load_weights(model: MultimodalModel, checkpoint: Path) -> None:
+    """Load the model's weights from a Lightning checkpoint of `MultimodalModule`.
+
+    Raises:
+        MuroanError: the file is missing, is no such checkpoint, or its weights do not fit the model.
+    """
+    if not checkpoint.is_file():
+        raise MuroanError(f"checkpoint {checkpoint} is not there")
+    try:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        state = {k.removeprefix("model."): v for k, v in content["state_dict"].items() if k.startswith("model.")}
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise MuroanError(
+            f"{checkpoint} is not a checkpoint of `muroan train` ({type(error).__name__}: {reason})"
+        ) from None
+    own = model.state_dict()
+    shapes = [
+        f"{k} is {tuple(state[k].shape)} there and {tuple(own[k].shape)} here"
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    ]
+    missing = [f"{k} is missing there" for k in own if k not in state]
+    unknown = [f"{k} is unknown here" for k in state if k not in own]
+    problems = shapes + missing + unknown
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise MuroanError(
+            f"checkpoint {checkpoint} does not fit the model: {'; '.join(problems[:3])}{more}: attack with the same "
+            f"model and dataset options that it was trained with"
+        )
+    model.load_state_dict(state)
+
+
+def weights_hash(model: torch.nn.Module) -> str:
+    """SHA-256 over the names, types and bytes of all weights: equal models have equal hashes, whatever the file."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        values = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+        digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
