@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import hydra
-import pytorch_lightning as pl
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.utils import instantiate
@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from muroan.errors import MuroanError
-from muroan.results import RunFolder, fingerprint, write_json
+from muroan.results import AttackResult, RunFolder, fingerprint, write_json
 
 log = logging.getLogger("muroan")
 
@@ -54,19 +54,21 @@ def main() -> None:
         sys.exit(f"muroan: unknown command {command!r}: choose one of {', '.join(commands)}; `muroan --help` explains")
     trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises to us what it would print with forty frames
-    sys.argv = [sys.argv[0], *arguments[1:]]
+    # Hydra's parser wants all overrides side by side, wherever the user put -m.
+    overrides = [a for a in arguments[1:] if a[0] != "-" and ("=" in a or a[0] == "~")]
+    flags = [a for a in arguments[1:] if a not in overrides]
+    sys.argv = [sys.argv[0], *flags, f"command={command}", *overrides]
 
     def job(config: DictConfig) -> None:
         run_job(commands[command], command, config)
 
-    # Hydra takes the default of hydra.job.name from the function's module.
-    job.__module__ = __name__
     try:
-        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=command)(job)()
+        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(job)()
     except (MuroanError, HydraException, OmegaConfBaseException) as error:
         if trace:
             raise
-        sys.exit(f"muroan {command}: {error}")
+        message = str(error).split("Config search path:")[0].strip()  # the rest is of use to Hydra's authors
+        sys.exit(f"muroan {command}: {message}")
     except KeyboardInterrupt:
         sys.exit(f"muroan {command}: interrupted; the same command goes on from here")
 
@@ -75,8 +77,8 @@ def run_job(function: Callable[[DictConfig], None], command: str, config: DictCo
     """One job of a sweep, or the only one, with its surroundings put back as they were afterwards."""
     argv, environment = sys.argv, dict(os.environ)
     # Lightning starts its further processes with our arguments: give it those of this one job.
-    overrides = [o for o in HydraConfig.get().overrides.task if not o.startswith("out=")]
-    sys.argv = [argv[0], command, *overrides, f"out={config.out}"]
+    sys.argv = [argv[0], command, *own_overrides("out"), f"out={config.out}"]
+    quiet_lightning()
     try:
         function(config)
     finally:
@@ -86,6 +88,24 @@ def run_job(function: Callable[[DictConfig], None], command: str, config: DictCo
             if name not in environment:
                 os.environ.pop(name, None)
         close_trackers()
+
+
+def own_overrides(*without: str) -> list[str]:
+    """The overrides of this job as its user would type them, less those of the given keys."""
+    overrides = HydraConfig.get().overrides.task
+    return [o for o in overrides if o.lstrip("+~").split("=")[0].split(".")[0] not in ("command", *without)]
+
+
+def quiet_lightning() -> None:
+    """Keep Lightning's advertisements and hints at its own internals from burying our lines."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for pattern in (
+        ".*LeafSpec.*",
+        ".*does not have many workers.*",
+        ".*exists and is not empty.*",
+        ".*sync_dist=True.*",
+    ):
+        warnings.filterwarnings("ignore", pattern)
 
 
 def config_folder() -> Path:
@@ -151,6 +171,8 @@ def versions() -> dict[str, str]:
 
 def build(config: DictConfig) -> tuple[Any, Any]:
     """Dataset and model, prepared for each other."""
+    import pytorch_lightning as pl
+
     data = instantiate(config.dataset)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     model = instantiate(config.model)(modalities=data.modalities(), num_classes=len(data.classes))
@@ -181,6 +203,7 @@ def trainer_options(config: DictConfig) -> dict[str, Any]:
 
 def train(config: DictConfig) -> None:
     """Train a target model; `best.ckpt` is the one with the best validation accuracy."""
+    import pytorch_lightning as pl
     from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 
     from muroan.training.module import MultimodalModule, load_weights, weights_hash
@@ -230,20 +253,21 @@ def find_checkpoint(config: DictConfig, model: Any) -> Path | None:
     """
     if config.checkpoint:
         return Path(config.checkpoint)
-    trained = Path(config.train_out) / "best.ckpt"
+    trained = Path(config.folders.train) / "best.ckpt"
     if trained.is_file():
         return trained
     if model.pretrained:
         return None
-    overrides = [o for o in HydraConfig.get().overrides.task if not o.startswith(("attack", "out=", "threat_model"))]
+    words = ["muroan train", *own_overrides("attack", "out", "threat_model", "engine")]
     raise MuroanError(
-        f"no trained model in {config.train_out}: run `muroan train {' '.join(overrides)}`".rstrip() + " first, "
-        "or name a checkpoint with checkpoint=FILE"
+        f"no trained model in {trained.parent}: run `{' '.join(words)}` first, or name one with checkpoint=FILE"
     )
 
 
 def attack(config: DictConfig) -> None:
     """Attack a trained model; records go to `out`, from where a killed run goes on."""
+    import pytorch_lightning as pl
+
     from muroan.callbacks import AttackCallback
     from muroan.training.module import MultimodalModule, load_weights, weights_hash
 
@@ -281,23 +305,28 @@ def attack(config: DictConfig) -> None:
         config.engine.keep_media,
     )
     logger = tracker(config)
-    trainer = pl.Trainer(
-        **trainer_options(config), callbacks=[callback], logger=logger, enable_progress_bar=False, barebones=False
-    )
+    trainer = pl.Trainer(**trainer_options(config), callbacks=[callback], logger=logger, enable_progress_bar=False)
     if logger:
         logger.log_hyperparams(plain(config))
     trainer.test(MultimodalModule(model), data, verbose=False)
     if trainer.is_global_zero:
-        finish_attack(folder, callback, logger)
+        finish_attack(folder, callback.records, data.classes, logger)
 
 
-def finish_attack(folder: RunFolder, callback: Any, logger: Any) -> None:
+def finish_attack(folder: RunFolder, records: Sequence[AttackResult], classes: Sequence[str], logger: Any) -> None:
     """Summarise a finished run, show the figures, and hand examples to the tracker."""
+    from pytorch_lightning.loggers import WandbLogger
+
     from muroan.metrics import summarise
 
-    summary = summarise(callback.records)
+    summary = summarise(records)
     write_json(folder.path / "summary.json", summary)
-    log.info("%s", headline(summary, len(callback.records)))
+    if isinstance(logger, WandbLogger):
+        from muroan.report.tracked import examples_table
+
+        logger.experiment.log({"examples": examples_table(records, classes)})
+        logger.experiment.summary.update({f"summary/{k}": v["value"] for k, v in summary.items()})
+    log.info("%s", headline(summary, len(records)))
     log.info("records: %s", folder.records_file)
 
 

@@ -30,13 +30,15 @@ def read_image(path: Path) -> PILImage.Image:
     try:
         with PILImage.open(path) as image:
             image.load()
+            if image.mode.startswith("I;16"):  # Pillow would clip 16 bits instead of scaling them
+                return PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return image.copy()
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for broken files
+    except Exception as error:  # decoders raise all kinds of errors for broken bytes
         raise MuroanError(f"image file {path} cannot be decoded ({error}): {SKIP}") from None
 
 
 def read_audio(path: Path, rate: int) -> np.ndarray:
-    """A WAV file as mono floats in -1 to 1, resampled to `rate`."""
+    """A WAV file as mono floats in -1 to 1, (samples,), resampled to `rate`."""
     from scipy.io import wavfile
     from scipy.signal import resample_poly
 
@@ -44,7 +46,7 @@ def read_audio(path: Path, rate: int) -> np.ndarray:
         raise MuroanError(f"audio file {path} is missing: {SKIP}")
     try:
         found, wave = wavfile.read(path)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # even ZeroDivisionError and UnboundLocalError
         raise MuroanError(f"audio file {path} cannot be decoded as WAV ({error}): {SKIP}") from None
     if wave.size == 0:
         raise MuroanError(f"audio file {path} holds no samples: {SKIP}")

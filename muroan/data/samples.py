@@ -90,6 +90,17 @@ class Batch:
     def __len__(self) -> int:
         return len(self.samples)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A loader process hands over the stacked tensors alone: every tensor costs it a file descriptor, and the
+        # samples' own would soon use up what the system allows.
+        return {**self.__dict__, "samples": [replace(sample, inputs={}) for sample in self.samples]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        views = {name: tensor.unbind() for name, tensor in self.inputs.items()}
+        for i, sample in enumerate(self.samples):
+            self.samples[i] = replace(sample, inputs={name: views[name][self.rows[name][i]] for name in views})
+
     def to(self, device: Any, **kwargs: Any) -> Batch:
         """The batch with its stacked tensors on the device; Lightning's batch transfer calls this."""
 

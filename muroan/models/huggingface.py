@@ -217,6 +217,7 @@ class Clip(MultimodalModel):
             self.threshold = nn.Parameter(torch.tensor(threshold))
         else:
             self.linear = nn.Linear(3 * config.projection_dim, num_classes)
+            self.clip.logit_scale.requires_grad_(False)  # unused, which distributed training refuses
 
     def encode(self, modality: str, x: Tensor) -> Features:
         """The normalised feature (B, D)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from muroan.report.runs import Run
@@ -105,19 +106,30 @@ def choose(runs: Sequence[Run], least: int = 12, most: int = 24) -> list[tuple[R
     Every choice is by the samples' order: the same records give the same examples. Inputs that were not shown yet
     come first.
     """
-    flipped: dict[tuple[tuple[str, ...], str], list[tuple[Run, AttackResult]]] = {}
-    others: dict[tuple[str, str], list[tuple[Run, AttackResult]]] = {}
-    for run in runs:
-        for r in run.records:
-            if r.media and r.flipped:
-                flipped.setdefault((r.removal.modalities, run.label), []).append((run, r))
-            elif r.media and r.attacked:
-                others.setdefault((r.status, run.label), []).append((run, r))
+    flipped, others = _buckets(runs, True), _buckets(runs, False)
     count = min(most, max(least, 3 * len(runs)))
-    held = sum(map(len, others.values()))
+    held = min(sum(map(len, others)), count // 4)
     shown: set[str] = set()
-    first = _take([flipped[key] for key in sorted(flipped)], count - min(held, count // 4), shown)
-    return first + _take([others[key] for key in sorted(others)], count - len(first), shown)
+    first = _take(flipped, count - held, shown)
+    rest = _take(others, count - len(first), shown)
+    return [example for part in (first, rest) for run in runs for example in part if example[0] is run]
+
+
+def _buckets(runs: Sequence[Run], flipped: bool) -> list[list[tuple[Run, AttackResult]]]:
+    """The flipped samples, or the others, by run and kind, in the order to take from them.
+
+    Every run comes once before any comes twice, and each begins with another kind than the run before it.
+    """
+    turns: list[list[list[tuple[Run, AttackResult]]]] = []
+    for place, run in enumerate(runs):
+        kinds: dict[tuple[str, ...], list[tuple[Run, AttackResult]]] = {}
+        for r in run.records:
+            if r.media and r.attacked and r.flipped is flipped:
+                kinds.setdefault(r.removal.modalities if flipped else (r.status,), []).append((run, r))
+        ordered = [kinds[kind] for kind in sorted(kinds)]
+        cut = place % max(1, len(ordered))
+        turns.append(ordered[cut:] + ordered[:cut])
+    return [bucket for turn in zip_longest(*turns) for bucket in turn if bucket]
 
 
 def _take(buckets: list[list[tuple[Run, AttackResult]]], count: int, shown: set[str]) -> list[tuple[Run, AttackResult]]:
@@ -136,4 +148,4 @@ def _take(buckets: list[list[tuple[Run, AttackResult]]], count: int, shown: set[
 def _look(result: AttackResult) -> str:
     """What an example looks like at a glance: its first input. Many questions can be about one picture."""
     media = result.media or {}
-    return repr(media[min(media)])
+    return repr(media[next(iter(media))])

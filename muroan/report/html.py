@@ -43,14 +43,15 @@ def build(folders: Sequence[Path], out: Path) -> Path:
             file.writelines(json.dumps({**which, **json.loads(r.to_json())}) + "\n" for r in run.records)
     write_json(out / "summary.json", tables.summary(runs, comparisons))
     (out / "table.md").write_text(tables.markdown(runs))
-    (out / "curve.png").write_bytes(plots.curve(runs))
+    curve = plots.curve(runs)
+    (out / "curve.png").write_bytes(curve)
     page = out / "report.html"
-    page.write_text(render(runs, comparisons), encoding="utf-8")
+    page.write_text(render(runs, comparisons, curve), encoding="utf-8")
     return page
 
 
-def render(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> str:
-    """The page, everything that it shows inside it."""
+def render(runs: Sequence[Run], comparisons: Sequence[Comparison], curve: bytes) -> str:
+    """The page, everything that it shows inside it; `curve` is the PNG for a wide, light one."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters.update(
         figure=figure,
@@ -59,13 +60,21 @@ def render(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> str:
     )
     template = environment.from_string(resources.files("muroan.report").joinpath("report.html.jinja").read_text())
     modalities = sorted({name for run in runs for name in run.modalities})
+    narrow = (4.4, 4.8)  # inches: a phone, where the wide figure's letters would be too small
+    curves = {
+        "wide": curve,
+        "wide_dark": plots.curve(runs, dark=True),
+        "narrow": plots.curve(runs, False, *narrow),
+        "narrow_dark": plots.curve(runs, True, *narrow),
+    }
     histograms, ticks = plots.query_histograms(runs)
-    strongest = [_strongest(group) for group in by_target(runs)]
-    return template.render(
+    # The target that its attack hurts most comes first.
+    groups = sorted(by_target(runs), key=lambda group: -(_strongest(group).value("attack_success_rate") or 0.0))
+    page = template.render(
         runs=runs,
-        lead=max(strongest, key=lambda run: run.value("attack_success_rate") or 0.0),
+        lead=_strongest(groups[0]),
         title=f"Robustness of {_listed(sorted({run.model for run in runs}))}",
-        findings=[finding(group) for group in by_target(runs)],
+        findings=[finding(group) for group in groups],
         warnings=warnings(runs, comparisons),
         comparisons=comparisons,
         samples={run.dataset: len({r.id for x in runs if x.dataset == run.dataset for r in x.records}) for run in runs},
@@ -73,17 +82,14 @@ def render(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> str:
         colour={run.label: plots.colour(place) for place, run in enumerate(runs)},
         palettes=plots.COLOURS,
         main=tables.MAIN,
-        detail=tables.detail(runs),
+        by_modality=tables.by_modality(runs),
+        search=tables.SEARCH,
         cell=tables.cell,
         interval=interval,
         definitions=tables.DEFINITIONS,
         statuses=tables.STATUSES,
         nothing=tables.NOTHING,
-        curves={
-            (size, dark): base64.b64encode(plots.curve(runs, dark, *inches)).decode()
-            for size, inches in {"wide": (7.2, 4.4), "narrow": (4.4, 4.6)}.items()
-            for dark in (False, True)
-        },
+        curves={name: base64.b64encode(png).decode() for name, png in curves.items()},
         modalities=modalities,
         shares=[plots.shares(run, modalities) for run in runs],
         histograms=histograms,
@@ -92,6 +98,7 @@ def render(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> str:
         draw=examples.draw,
         ledger=mean_ledger,
     )
+    return page.lstrip()
 
 
 def mean_ledger(run: Run) -> dict[str, Count]:
@@ -141,13 +148,14 @@ def warnings(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> list[str
     for run in runs:
         if not run.finished:
             said.append(f"{run.label} is unfinished: {whole(len(run.records))} records so far.")
-        if run.unreadable:
-            said.append(f"{run.label}: {whole(len(run.unreadable))} samples could not be read and are not counted.")
         if run.about.get("disagreements"):
             said.append(
                 f"{run.label}: for {run.about['disagreements']} samples the model, asked again about the winning "
                 f"removal, answered otherwise than during the search; only what the check confirmed is counted."
             )
+    unreadable = [f"{whole(len(run.unreadable))} of {run.label}" for run in runs if run.unreadable]
+    if unreadable:
+        said.append(f"Samples that could not be read and are not counted: {_listed(unreadable)}.")
     for c in comparisons:
         if not c.n:
             said.append(f"{c.guided.label} and {c.control.label} attacked no sample in common: no comparison.")

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from muroan.metrics import success_curve
 from muroan.modalities import stable_seed
@@ -63,7 +64,8 @@ def curve(runs: Sequence[Run], dark: bool = False, width: float = 7.2, height: f
         A PNG; the same bytes for the same records.
     """
     paper, ink, muted, rule = (pair[dark] for pair in (PAPER, INK, MUTED, RULE))
-    picture = Figure(figsize=(width, height), dpi=200, facecolor=paper, layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
+    picture = Figure(figsize=(width, height), dpi=200, facecolor=paper, layout=layout)
     FigureCanvasAgg(picture)
     axes = picture.add_subplot(facecolor=paper)
     flips = [[r.decoupled_fraction for r in run.records if r.flipped] for run in runs]
@@ -90,9 +92,9 @@ def curve(runs: Sequence[Run], dark: bool = False, width: float = 7.2, height: f
     axes.set_ylim(0, 100)
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if right / left > 30 else (1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.minorticks_off()
     axes.set_yticks(range(0, 101, 20))
-    axes.set_xlabel("decoupled fraction, % of the input's elements (log scale)", color=ink, fontsize=10.5, labelpad=8)
+    axes.set_xlabel("decoupled fraction, % of the input (log scale)", color=ink, fontsize=10.5, labelpad=8)
     axes.set_ylabel("success rate, % of attacked samples", color=ink, fontsize=10.5, labelpad=8)
     axes.tick_params(which="both", colors=muted, labelsize=10, length=0)
     axes.tick_params(axis="x", which="major", length=4, color=rule)
@@ -104,7 +106,7 @@ def curve(runs: Sequence[Run], dark: bool = False, width: float = 7.2, height: f
     if axes.get_legend_handles_labels()[1]:
         legend = picture.legend(
             loc="outside upper left",
-            ncols=1 if width < 5 or max(len(run.label) for run in runs) > 40 else 2,
+            ncols=1 if width < 5 or max(len(run.label) for run in runs) > 44 else 2,
             frameon=False,
             labelcolor=ink,
             fontsize=10,

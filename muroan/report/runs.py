@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -27,14 +27,19 @@ class Run:
         about: what `run.json` says.
         records: one a sample, in the samples' order.
         finished: whether all samples were attacked.
-        label: what the run is called in the report, unique in it.
+        where: what the attack was run on, with as much as it takes to tell it apart from the report's other runs.
     """
 
     folder: str
     about: dict[str, Any]
     records: list[AttackResult]
     finished: bool
-    label: str = ""
+    where: str = ""
+
+    @property
+    def label(self) -> str:
+        """What the run is called in the report, unique in it."""
+        return f"{self.attack} · {self.where}"
 
     @property
     def attack(self) -> str:
@@ -114,17 +119,14 @@ def _read(path: Path, name: str) -> Run:
 
 
 def _label(runs: Sequence[Run]) -> list[Run]:
-    """Name every run by its attack and model, and by what else it takes to tell it apart."""
-
-    def names(parts: Sequence[str]) -> list[str]:
-        return [" · ".join(getattr(run, part) for part in parts) for run in runs]
-
-    labels = names(["attack", "model"])
-    if len({run.dataset for run in runs}) > 1:
-        labels = names(["attack", "model", "dataset"])
-    often = Counter(labels)
-    labels = [f"{x} ({run.folder})" if often[x] > 1 else x for x, run in zip(labels, runs, strict=True)]
-    return [Run(r.folder, r.about, r.records, r.finished, label) for r, label in zip(runs, labels, strict=True)]
+    """Name what each run attacked by the model, and by dataset and folder where that is not enough."""
+    several = len({run.dataset for run in runs}) > 1
+    for name in ("{0.model}", "{0.model} · {0.dataset}")[: 1 + several]:
+        runs = [replace(run, where=name.format(run)) for run in runs]
+        often = Counter(run.label for run in runs)
+        if max(often.values()) == 1:
+            return list(runs)
+    return [replace(run, where=f"{run.where} ({run.folder})") if often[run.label] > 1 else run for run in runs]
 
 
 def by_target(runs: Sequence[Run]) -> list[list[Run]]:

@@ -13,22 +13,24 @@ from muroan.models.transformer import Attention, Block
 
 
 class CrossAttentionLayer(nn.Module):
-    """What one stream does in one layer: attend to the others, then to itself, then feed forward."""
+    """What one stream does in one layer: attend to the others, if there are any, then to itself, then feed forward."""
 
-    def __init__(self, width: int, heads: int, dropout: float):
+    def __init__(self, width: int, heads: int, dropout: float, alone: bool):
         super().__init__()
-        self.norm, self.context_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.cross = Attention(width, heads, dropout)
-        self.dropout = nn.Dropout(dropout)
+        if not alone:
+            self.norm, self.context_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+            self.cross = Attention(width, heads, dropout)
+            self.dropout = nn.Dropout(dropout)
         self.block = Block(width, heads, dropout)
 
-    def forward(self, x: Tensor, mask: Tensor, context: Tensor | None, context_mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor, others: list[Tensor], other_masks: list[Tensor]) -> Tensor:
         """
         Args:
-            x: (B, N, D) and its mask (B, N); context: (B, M, D), the other streams, and its mask (B, M), or None.
+            x: (B, N, D) and its mask (B, N); others: (B, M, D) a stream and their masks (B, M).
         """
-        if context is not None and context_mask is not None:
-            x = x + self.dropout(self.cross(self.norm(x), self.context_norm(context), context_mask))
+        if others:
+            context, real = self.context_norm(torch.cat(others, 1)), torch.cat(other_masks, 1)
+            x = x + self.dropout(self.cross(self.norm(x), context, real))
         return self.block(x, mask)
 
 
@@ -52,7 +54,8 @@ class CrossAttentionFusion(Fusion):
         self.width = len(widths) * width
         self.project = nn.ModuleDict({name: nn.Linear(d, width) for name, d in widths.items()})
         self.layers = nn.ModuleList(
-            nn.ModuleDict({name: CrossAttentionLayer(width, heads, dropout) for name in widths}) for _ in range(layers)
+            nn.ModuleDict({n: CrossAttentionLayer(width, heads, dropout, len(widths) == 1) for n in widths})
+            for _ in range(layers)
         )
         self.norm = nn.LayerNorm(width)
 
@@ -63,10 +66,7 @@ class CrossAttentionFusion(Fusion):
         for layer in self.layers:
             streams = {
                 name: layer[name](  # type: ignore[index]
-                    x,
-                    masks[name],
-                    torch.cat([streams[o] for o in others[name]], 1) if others[name] else None,
-                    torch.cat([masks[o] for o in others[name]], 1) if others[name] else None,
+                    x, masks[name], [streams[o] for o in others[name]], [masks[o] for o in others[name]]
                 )
                 for name, x in streams.items()
             }

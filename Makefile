@@ -1,0 +1,38 @@
+# `make demo` and `make test` are all that a fresh machine needs; both make .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+# Two test processes with a thread each use two cores better than one process with two threads.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup
+
+.PHONY: demo test test-all lint format benchmark clean
+
+.venv/installed: setup.cfg constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,lint]'
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/muroan train experiment=demo
+	$(BIN)/muroan attack -m experiment=demo attack=decoupling_reference,random_removal
+	$(BIN)/muroan report experiment=demo
+
+test: .venv/installed
+	$(PYTEST) -m "not slow and not gpu"
+
+test-all: .venv/installed
+	$(PYTEST)
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: .venv/installed
+	$(BIN)/python benchmarks/engine.py
+
+clean:
+	rm -rf .venv outputs build *.egg-info

@@ -1,0 +1,272 @@
+"""How fast the query engine is: against a loop that asks one question at a time, and against bare forwards.
+
+    python benchmarks/engine.py                                  # the demo's model and data, on the CPU
+    python benchmarks/engine.py --checkpoint outputs/demo/model/best.ckpt
+    python benchmarks/engine.py --model mmbt_full --device cuda --precision bf16   # BERT-base, ResNet-152, random weights
+
+All figures come from one run on the same samples and model; compare them with each other, not across machines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from muroan.attacks.base import Ask, Attack, AttackedSample, Response, ThreatModel
+from muroan.attacks.decoupling_reference import DecouplingReference
+from muroan.attacks.random_removal import RandomRemoval
+from muroan.data.samples import Batch, Sample
+from muroan.engine import AUTOCAST, QueryEngine
+from muroan.modalities import Removal
+from muroan.models.base import MultimodalModel
+from muroan.results import AttackResult
+
+
+def demo_model(checkpoint: str | None, samples: int) -> tuple[MultimodalModel, list[Sample]]:
+    """The small MMBT on easy-VQA; without a checkpoint, with random weights and its own predictions as labels."""
+    from muroan.data.easy_vqa import EasyVQA
+    from muroan.models.encoders import ConvTokens, WordEmbedding
+    from muroan.models.fusion.mmbt import MMBT
+    from muroan.models.fusion_model import FusionModel
+    from muroan.models.heads import Linear
+    from muroan.training.module import load_weights
+
+    data = EasyVQA(test_limit=samples)
+    model = FusionModel(
+        data.modalities(),
+        len(data.classes),
+        {"image": partial(ConvTokens, width=128, grid=(4, 4)), "text": partial(WordEmbedding, width=128)},
+        partial(MMBT, width=128, layers=3, heads=4),
+        Linear,
+    ).eval()
+    if checkpoint:
+        load_weights(model, Path(checkpoint))
+    return model, [s for s in data.prepared("test") if isinstance(s, Sample)]
+
+
+def full_model(samples: int) -> tuple[MultimodalModel, list[Sample]]:
+    """The full-size MMBT with random weights on noise images and made-up words: speed does not depend on them."""
+    from transformers import BertConfig, ResNetConfig
+
+    from muroan.data.samples import Example, PreparedDataset
+    from muroan.modalities import Image, Text, WordTokenizer
+    from muroan.models.mmbt_full import MMBTFull
+
+    torch.manual_seed(0)
+    words = [f"w{i}" for i in range(2000)]
+    modalities = {"image": Image((224, 224)), "text": Text(WordTokenizer(words), 32)}
+    resnet = ResNetConfig(depths=[3, 8, 36, 3], layer_type="bottleneck", hidden_sizes=[256, 512, 1024, 2048])
+    model = MMBTFull(modalities, 2, bert=BertConfig(), resnet=resnet, max_length=32).eval()
+    rng = np.random.default_rng(0)
+    examples = [
+        Example(
+            str(i),
+            {
+                "image": rng.integers(0, 255, (224, 224, 3), dtype=np.uint8),
+                "text": " ".join(rng.choice(words, 12)),
+            },
+            0,
+        )
+        for i in range(samples)
+    ]
+    return model, [s for s in PreparedDataset(examples, model.modalities, 2) if isinstance(s, Sample)]
+
+
+def relabel(model: MultimodalModel, samples: list[Sample], device: torch.device) -> list[Sample]:
+    """The samples with the model's own predictions as labels, so that none is skipped."""
+    labelled = []
+    for start in range(0, len(samples), 64):
+        batch = Batch.of(samples[start : start + 64]).to(device)
+        with torch.inference_mode():
+            labels = model(batch.inputs, batch.rows).logits.argmax(1).tolist()
+        labelled += [replace(s, label=label) for s, label in zip(batch.samples, labels, strict=True)]
+    return labelled
+
+
+def sequential(model: MultimodalModel, attack: Attack, samples: list[Sample], device: torch.device) -> int:
+    """The plain loop: one forward a question, no cache, no reuse. Returns the forwards."""
+    threat_model = ThreatModel().complete(model.modalities)
+    forwards = 0
+
+    @torch.inference_mode()
+    def ask(sample: Sample, removal: Removal, clean: torch.Tensor | None) -> tuple[Response, torch.Tensor]:
+        nonlocal forwards
+        forwards += 1
+        inputs = {}
+        for name, modality in model.modalities.items():
+            x = sample.inputs[name][None].to(device)
+            boxes = [modality.box(r, sample.layouts[name]) for r in removal.regions if r.modality == name]
+            if boxes:
+                where = torch.tensor([boxes], device=device)
+                x = modality.occlude(x, where, threat_model.replacement[name], None)
+            inputs[name] = x
+        embedding, logits = (t[0] for t in model(inputs))
+        other = logits.clone()
+        other[sample.label] = float("-inf")
+        shift = 0.0 if clean is None else 1 - float(torch.cosine_similarity(embedding, clean, dim=0))
+        margin = float(logits[sample.label] - other.max())
+        response = Response(int(logits.argmax()), margin, int(embedding.argmax()), shift, logits.cpu().numpy())
+        return response, embedding
+
+    for sample in samples:
+        clean, embedding = ask(sample, Removal(), None)
+        view = AttackedSample(
+            sample.id,
+            sample.label,
+            clean,
+            model.modalities,
+            sample.layouts,
+            threat_model,
+            np.random.default_rng(0),
+        )
+        search = attack.search(view)
+        asked = next(search)
+        try:
+            while True:
+                question = asked if isinstance(asked, Ask) else Ask(asked)
+                responses = []
+                for removal in question.removals:
+                    responses.append(ask(sample, removal, embedding)[0])
+                    if question.until is not None and question.until(responses[-1]):
+                        break
+                asked = search.send(responses)
+        except StopIteration:
+            pass
+    return forwards
+
+
+def timed(work: Callable[[], object], device: torch.device) -> tuple[float, object]:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
+def bare_forwards(model: MultimodalModel, samples: list[Sample], size: int, seconds: float, precision: str) -> float:
+    """Whole forwards a second at one batch size, on inputs that lie on the device already."""
+    device = next(model.parameters()).device
+    batch = Batch.of([samples[i % len(samples)] for i in range(size)]).to(device)
+    inputs = {name: x[batch.rows[name]] for name, x in batch.inputs.items()}  # every row its own, as in a query
+    dtype = AUTOCAST[precision]
+
+    @torch.inference_mode()
+    def forward() -> None:
+        with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+            model(inputs).logits.cpu()
+
+    for _ in range(3):
+        forward()
+    once, _ = timed(forward, device)
+    repeats = max(3, int(seconds / once))
+    total, _ = timed(lambda: [forward() for _ in range(repeats)], device)
+    return size * repeats / total
+
+
+def peak_memory(arguments: argparse.Namespace, samples: int) -> float:
+    """Peak memory in MiB of a process of its own that attacks so many samples."""
+    command = [sys.executable, __file__, "--memory-of", str(samples), "--model", arguments.model]
+    command += ["--device", arguments.device, "--precision", arguments.precision]
+    command += ["--batch-sizes", *map(str, arguments.batch_sizes)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def memory_of(arguments: argparse.Namespace) -> float:
+    count, device = arguments.memory_of, torch.device(arguments.device)
+    model, samples = full_model(64) if arguments.model == "mmbt_full" else demo_model(None, 256)
+    model = model.to(device)
+    engine = QueryEngine(model, RandomRemoval(draws=4), batch_size=arguments.batch_sizes[0], keep_media=0)
+    stream = (replace(samples[i % len(samples)], id=str(i), index=i) for i in range(count))
+    for _ in engine.run(stream):
+        pass
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=["mmbt", "mmbt_full"], default="mmbt")
+    parser.add_argument("--checkpoint")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="32", choices=list(AUTOCAST))
+    parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("--sequential-samples", type=int, default=20)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[32, 64, 128, 256])
+    parser.add_argument("--memory", type=int, nargs="*", default=[100, 1000, 5000])
+    parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory_of:
+        print(memory_of(arguments))
+        return
+    device = torch.device(arguments.device)
+    samples_asked = arguments.samples
+    model, samples = (
+        full_model(samples_asked) if arguments.model == "mmbt_full" else demo_model(arguments.checkpoint, samples_asked)
+    )
+    model = model.to(device)
+    if arguments.checkpoint is None:
+        samples = relabel(model, samples, device)
+    attack = DecouplingReference()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(
+        f"{arguments.model} on {name}, precision {arguments.precision}, torch {torch.__version__}, {platform.machine()}"
+    )
+
+    bare = {size: bare_forwards(model, samples, size, 3.0, arguments.precision) for size in arguments.batch_sizes}
+    best = max(bare, key=lambda size: bare[size])
+    print("bare forwards/s by batch size: " + ", ".join(f"{size}: {rate:.0f}" for size, rate in bare.items()))
+
+    few = samples[: arguments.sequential_samples]
+    seconds, forwards = timed(lambda: sequential(model, attack, few, device), device)
+    loop = float(forwards) / seconds  # type: ignore[arg-type]
+    print(f"sequential loop: {loop:.0f} queries/s ({forwards} on {len(few)} samples)")
+
+    rates = {}
+    for reuse in (True, False):
+        engine = QueryEngine(model, attack, None, best, arguments.precision, keep_media=0, reuse_features=reuse)
+        seconds, found = timed(lambda engine=engine: list(engine.run(samples)), device)  # type: ignore[misc]
+        results: list[AttackResult] = found  # type: ignore[assignment]
+        asked = sum(r.queries + r.cache_hits for r in results)
+        hits, rows = sum(r.cache_hits for r in results), engine.statistics.rows
+        rates[reuse] = (asked / seconds, rows / seconds)
+        encoded = ", ".join(f"{100 * (1 - n / rows):.0f} % of {m}" for m, n in engine.statistics.encoded.items())
+        wasted = rows - sum(r.forwards for r in results)
+        print(
+            f"engine, feature reuse {'on' if reuse else 'off'}, batch {best}: {rates[reuse][0]:.0f} queries/s, "
+            f"{rates[reuse][1]:.0f} forwards/s; {asked} queries, {rows} forwards in {engine.statistics.batches} "
+            f"batches; saved by the cache: {100 * hits / asked:.0f} % of the queries; encodings saved: {encoded}; "
+            f"{wasted} forwards run ahead in vain"
+        )
+    again = bare_forwards(model, samples, best, 3.0, arguments.precision)
+    rate = max(bare[best], again)
+    ratios = {
+        "engine forwards / bare forwards": rates[True][1] / rate,
+        "engine forwards / bare forwards, no feature reuse": rates[False][1] / rate,
+        "engine queries / sequential queries": rates[True][0] / loop,
+    }
+    for what, ratio in ratios.items():
+        print(f"{what}: {ratio:.2f}")
+    if arguments.memory:
+        peaks = {count: peak_memory(arguments, count) for count in arguments.memory}
+        print("peak memory, MiB, by samples: " + ", ".join(f"{n}: {mib:.0f}" for n, mib in peaks.items()))
+        ratios["peak memory, most samples / fewest"] = peaks[max(peaks)] / peaks[min(peaks)]
+    print(json.dumps(ratios))
+
+
+if __name__ == "__main__":
+    main()

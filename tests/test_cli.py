@@ -1,0 +1,244 @@
+"""The real command in processes of its own: what it teaches, refuses, computes, resumes and shares out."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SMALL, environment, muroan
+
+from muroan.results import AttackResult, read_records
+
+# All of these share the trained model, so that they share a worker.
+pytestmark = pytest.mark.xdist_group("cli")
+
+ATTACK = (*SMALL, "dataset.test_limit=40", "attack=random_removal", "attack.draws=30", "engine.keep_media=3")
+
+
+def attack(trained: Path, out: Path, *more: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    options = (*ATTACK, f"folders.train={trained}", f"out={out}", "tracker=none", *more)
+    return muroan("attack", *options, cwd=out.parent, check=check)
+
+
+def by_id(path: Path) -> dict[str, AttackResult]:
+    records = read_records(path)
+    found = {record.id: record for record in records}
+    assert len(found) == len(records), "a sample has two records"
+    return found
+
+
+def one_line(done: subprocess.CompletedProcess[str]) -> str:
+    """The message of a refused command: no traceback around it."""
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    return " ".join(done.stderr.split("muroan ", 1)[-1].split())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished attack run in one go, by one process."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    attack(trained, out)
+    return out
+
+
+def test_help_teaches_commands_and_choices(tmp_path: Path) -> None:
+    for arguments in ((), ("--help",), ("attack", "--help")):
+        text = muroan(*arguments, cwd=tmp_path).stdout
+        for word in ("muroan train", "muroan attack", "muroan report", "decoupling_reference", "easy_vqa", "mmbt"):
+            assert word in text
+
+
+def test_unknown_command_lists_the_commands(tmp_path: Path) -> None:
+    message = one_line(muroan("atack", cwd=tmp_path, check=False))
+    assert "'atack'" in message
+    assert "train, attack, report" in message
+
+
+def test_unknown_choice_lists_the_choices(tmp_path: Path) -> None:
+    message = one_line(muroan("attack", "model=mmbtt", cwd=tmp_path, check=False))
+    assert "model/mmbtt" in message
+    assert "late_fusion" in message
+    assert "Config search path" not in message
+
+
+def test_unknown_option_is_named(tmp_path: Path) -> None:
+    assert "modell" in one_line(muroan("attack", "modell=3", cwd=tmp_path, check=False))
+
+
+def test_attack_without_a_model_says_how_to_train_one(tmp_path: Path) -> None:
+    done = muroan("attack", "model=concat", "seed=3", "attack=random_removal", cwd=tmp_path, check=False)
+    assert "run `muroan train model=concat seed=3` first" in one_line(done)
+
+
+def test_a_checkpoint_of_another_model_is_refused(trained: Path, tmp_path: Path) -> None:
+    checkpoint = f"checkpoint={trained / 'best.ckpt'}"
+    message = one_line(attack(trained, tmp_path / "run", "model.fusion.layers=2", checkpoint, check=False))
+    assert "does not fit the model" in message
+    assert "unknown here" in message
+    (tmp_path / "no.ckpt").write_text("nothing")
+    broken = attack(trained, tmp_path / "run", f"checkpoint={tmp_path / 'no.ckpt'}", check=False)
+    assert "is not a checkpoint of `muroan train`" in one_line(broken)
+
+
+def test_records_and_summary_of_a_run(undisturbed: Path) -> None:
+    records = by_id(undisturbed / "records.jsonl")
+    assert len(records) == 40
+    assert {r.status for r in records.values()} >= {"flipped", "held", "skipped"}
+    assert all(r.queries <= 30 for r in records.values())
+    assert sum(r.media is not None for r in records.values()) == 3
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    flipped = sum(r.flipped for r in records.values())
+    attacked = sum(r.attacked for r in records.values())
+    assert summary["attack_success_rate"]["value"] == pytest.approx(100 * flipped / attacked)
+    run = json.loads((undisturbed / "run.json").read_text())
+    assert run["versions"]["torch"]
+    assert len(run["checkpoint"]["sha256"]) == 64
+
+
+def test_a_finished_run_is_not_run_again_unless_asked(trained: Path, undisturbed: Path) -> None:
+    before = (undisturbed / "records.jsonl").stat().st_mtime_ns
+    assert "already finished" in attack(trained, undisturbed).stdout
+    assert (undisturbed / "records.jsonl").stat().st_mtime_ns == before
+    records = by_id(undisturbed / "records.jsonl")
+    attack(trained, undisturbed, "rerun=true")
+    assert (undisturbed / "records.jsonl").stat().st_mtime_ns > before
+    assert by_id(undisturbed / "records.jsonl") == records
+
+
+def test_records_of_another_configuration_are_refused(trained: Path, undisturbed: Path) -> None:
+    message = one_line(attack(trained, undisturbed, "attack.draws=31", check=False))
+    assert "attack.draws: 30 there, 31 asked for" in message
+    assert "rerun=true" in message
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_records(trained: Path, undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    options = [*ATTACK, f"folders.train={trained}", f"out={out}", "tracker=none", "dataset.test_batch_size=2"]
+    command = [sys.executable, "-m", "muroan.cli", "attack", *options, "engine.batch_size=8"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=-1, stderr=-1)
+    part = out / "records.part-0.jsonl"
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and not (part.exists() and part.read_bytes().count(b"\n") >= 5):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    written = part.read_bytes().count(b"\n")
+    assert 5 <= written < 40, "the run was not killed midway"
+    assert not (out / "records.jsonl").exists()
+    with part.open("a") as file:
+        file.write('{"id": "test-')  # a line that the kill cut short
+    # Other batch sizes may finish the job: records do not depend on them.
+    attack(trained, out)
+    assert by_id(out / "records.jsonl") == by_id(undisturbed / "records.jsonl")
+    assert not part.exists()
+
+
+def test_two_processes_write_the_records_of_one(trained: Path, undisturbed: Path, tmp_path: Path) -> None:
+    logged = f"tracker.save_dir={tmp_path / 'run'}"
+    attack(trained, tmp_path / "run", "device=ddp_cpu", "tracker=csv", logged)
+    one, two = by_id(undisturbed / "records.jsonl"), by_id(tmp_path / "run/records.jsonl")
+    assert two == one
+    assert json.loads((tmp_path / "run/summary.json").read_text()) == json.loads(
+        (undisturbed / "summary.json").read_text()
+    )
+    # What Lightning logged is summed over both processes.
+    header, row = (tmp_path / "run/csv/metrics.csv").read_text().split()[:2]
+    logged_metrics = dict(zip(header.split(","), row.split(","), strict=True))
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    for name in ("attack_success_rate", "robust_accuracy", "decoupled_fraction_median", "queries"):
+        assert float(logged_metrics[f"attack/{name}"]) == pytest.approx(summary[name]["value"], rel=1e-5)
+
+
+def test_a_sweep_tracks_every_job_in_wandb(trained: Path, tmp_path: Path) -> None:
+    runs = "folders.attack='${absolute:sweep}/${hydra:runtime.choices.attack}'"
+    options = (*SMALL, "dataset.test_limit=12", f"folders.train={trained}", "engine.keep_media=6", "tracker=wandb")
+    muroan("attack", "-m", *options, runs, "attack=random_removal,decoupling_reference", cwd=tmp_path)
+    for name in ("random_removal", "decoupling_reference"):
+        folder = tmp_path / "sweep" / name
+        assert len(by_id(folder / "records.jsonl")) == 12
+        (log,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
+        history, config, files, finished = read_wandb(log)
+        assert any("attack/attack_success_rate" in entry for entry in history)
+        assert f"attacks.{name}" in config["attack"]
+        assert finished == 0
+        (table,) = (json.loads(f.read_text()) for f in log.parent.glob("files/media/table/*.json"))
+        assert {"id", "image", "text", "status"} <= set(table["columns"])
+        assert len(list(log.parent.glob("files/media/images/**/*.png"))) >= len(table["data"]) > 0
+        assert files
+
+
+def read_wandb(log: Path) -> tuple[list[dict], dict[str, str], list[str], int | None]:
+    """What an offline run of Weights & Biases holds: history, config, files and exit code."""
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    store = DataStore()
+    store.open_for_scan(str(log))
+    history, config, files, finished = [], {}, [], None
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.HasField("history"):
+            history.append({i.key or "/".join(i.nested_key): i.value_json for i in record.history.item})
+        for update in record.config.update, record.run.config.update:
+            config.update({i.key or "/".join(i.nested_key): i.value_json for i in update})
+        files += [f.path for f in record.files.files]
+        if record.HasField("exit"):
+            finished = record.exit.exit_code
+    return history, config, files, finished
+
+
+@pytest.mark.slow
+def test_a_killed_training_goes_on(tmp_path: Path) -> None:
+    options = [*SMALL, "training.epochs=4", "dataset.test_limit=32", f"folders.train={tmp_path / 'model'}"]
+    command = [sys.executable, "-m", "muroan.cli", "train", *options, "tracker=none"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=-1, stderr=-1)
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and not (tmp_path / "model/last.ckpt").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "model/summary.json").exists()
+    done = muroan("train", *options, "tracker=none", cwd=tmp_path)
+    assert "Epoch 0" not in done.stderr + done.stdout
+    assert (tmp_path / "model/summary.json").exists()
+    assert "already trained" in muroan("train", *options, "tracker=none", cwd=tmp_path).stdout
+
+
+def test_installed_wheel_in_an_empty_folder(trained: Path, tmp_path: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
+    built, site, work = tmp_path / "built", tmp_path / "site", tmp_path / "work"
+    work.mkdir()
+    source = tmp_path / "source"  # a copy, so that building leaves nothing in the checkout
+    copy_tracked(source)
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", built, source], check=True)
+    (wheel,) = built.glob("*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", site, wheel], check=True)
+    env = {"PYTHONPATH": str(site)}
+    where = "import muroan; print(muroan.__file__)"
+    found = subprocess.run(
+        [sys.executable, "-c", where], cwd=work, env=environment(**env), capture_output=True, text=True
+    )
+    assert found.stdout.startswith(str(site))
+    options = (*SMALL, "dataset.test_limit=12", f"folders.train={trained}")
+    muroan("attack", *options, cwd=work, **env)
+    muroan("report", cwd=work, **env)
+    assert (work / "outputs/report/report.html").read_text().count("<svg") > 0
+    assert (work / "outputs/report/table.md").exists()
+
+
+def copy_tracked(to: Path) -> None:
+    """Copy what git knows of the checkout, changes included."""
+    import shutil
+
+    names = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(names, check=True, capture_output=True, text=True).stdout.splitlines():
+        if (ROOT / name).is_file():
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, to / name)
