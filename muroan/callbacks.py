@@ -105,9 +105,10 @@ class AttackCallback(pl.Callback):
             value = metric.compute()  # sums across processes
             for key, figure in (value if isinstance(value, dict) else {name: value}).items():
                 pl_module.log(f"attack/{key}", figure.float(), rank_zero_only=True)
-        trainer.strategy.barrier("all records are written")
+        disagreements = torch.tensor(self.engine.statistics.disagreements, device=pl_module.device)
+        disagreements = trainer.strategy.reduce(disagreements, reduce_op="sum")  # also waits for all records
         if trainer.is_global_zero:
-            self.records = self._folder.finish()
+            self.records = self._folder.finish(disagreements=int(disagreements))
         trainer.strategy.barrier("records are merged")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

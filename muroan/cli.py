@@ -1,4 +1,7 @@
-"""The command line, `muroan train | attack | report`, with Hydra behind it. Nothing else imports Hydra."""
+"""The command line, `muroan train | attack | report`, with Hydra behind it. Nothing else imports Hydra.
+
+What takes seconds to import (torch, Lightning) is imported by the commands themselves: help and refusals come at once.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -19,7 +22,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from muroan.errors import MuroanError
-from muroan.results import AttackResult, RunFolder, fingerprint, write_json
+
+if TYPE_CHECKING:
+    from muroan.results import AttackResult, RunFolder
 
 log = logging.getLogger("muroan")
 
@@ -149,6 +154,8 @@ def identity(config: DictConfig, command: str, resolve: bool = True) -> dict[str
 
 def cell(command: str, *, _root_: DictConfig) -> str:
     """Hash of the part of the configuration that decides a job's outcome, to name its folder."""
+    from muroan.results import fingerprint
+
     chosen = identity(_root_, command, resolve=False)
     if command == "attack":
         chosen["trained"] = _root_.checkpoint or identity(_root_, "train", resolve=False)
@@ -206,6 +213,7 @@ def train(config: DictConfig) -> None:
     import pytorch_lightning as pl
     from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 
+    from muroan.results import write_json
     from muroan.training.module import MultimodalModule, load_weights, weights_hash
 
     out = Path(config.out)
@@ -269,6 +277,7 @@ def attack(config: DictConfig) -> None:
     import pytorch_lightning as pl
 
     from muroan.callbacks import AttackCallback
+    from muroan.results import RunFolder
     from muroan.training.module import MultimodalModule, load_weights, weights_hash
 
     folder = RunFolder(config.out)
@@ -318,6 +327,7 @@ def finish_attack(folder: RunFolder, records: Sequence[AttackResult], classes: S
     from pytorch_lightning.loggers import WandbLogger
 
     from muroan.metrics import summarise
+    from muroan.results import write_json
 
     summary = summarise(records)
     write_json(folder.path / "summary.json", summary)

@@ -217,19 +217,14 @@ class RunFolder:
 
     def append(self, result: AttackResult) -> None:
         if self._part is None:
-            path = self.path / f"records.part-{self.rank}.jsonl"
-            if path.exists():
-                # Drop a line that a kill cut short, or the next one would be glued to it.
-                content = path.read_bytes()
-                os.truncate(path, content.rfind(b"\n") + 1)
-            self._part = path.open("a")
+            self._part = _open_part(self.path / f"records.part-{self.rank}.jsonl")
         self._part.write(result.to_json() + "\n")
         self._part.flush()
 
     def append_unreadable(self, bad: Sequence[tuple[str, str]]) -> None:
         """Note samples that could not be read: (id, reason) each."""
         if bad:
-            with (self.path / f"unreadable.part-{self.rank}.jsonl").open("a") as file:
+            with _open_part(self.path / f"unreadable.part-{self.rank}.jsonl") as file:
                 file.writelines(json.dumps(entry) + "\n" for entry in bad)
 
     def close(self) -> None:
@@ -238,21 +233,29 @@ class RunFolder:
             self._part.close()
             self._part = None
 
-    def finish(self) -> list[AttackResult]:
-        """Sort the parts of all processes into `records.jsonl` and return the records."""
+    def finish(self, **more: Any) -> list[AttackResult]:
+        """Sort the parts of all processes into `records.jsonl` and return the records; `run.json` gets `more`."""
         self.close()
         unreadable = dict(
             json.loads(line)
             for part in sorted(self.path.glob("unreadable.part-*.jsonl"))
-            for line in part.read_text().splitlines()
+            for line in part.read_text().split("\n")[:-1]  # as in `read_records`
         )
         if unreadable:
-            write_json(self.path / "run.json", {**self.run, "unreadable": sorted(unreadable.items())})
+            more["unreadable"] = sorted(unreadable.items())
+        write_json(self.path / "run.json", {**self.run, **more})
         records = self.records()
         write_records(self.records_file, records)
         for part in self.path.glob("*.part-*.jsonl"):
             part.unlink()
         return records
+
+
+def _open_part(path: Path) -> TextIO:
+    """Open a file to append lines; one that a kill cut short is dropped, or the next would be glued to it."""
+    if path.exists():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    return path.open("a")
 
 
 def write_records(path: Path, records: Iterable[AttackResult]) -> None:

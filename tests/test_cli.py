@@ -36,7 +36,7 @@ def one_line(done: subprocess.CompletedProcess[str]) -> str:
     """The message of a refused command: no traceback around it."""
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    return " ".join(done.stderr.split("muroan ", 1)[-1].split())
+    return " ".join(done.stderr.split())
 
 
 @pytest.fixture(scope="module")

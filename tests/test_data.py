@@ -52,6 +52,11 @@ class Toy(MultimodalData):
         return f"{raw} {rng.integers(10**9)}" if modality == "text" else raw
 
 
+@pytest.fixture(scope="module")
+def easy_vqa() -> EasyVQA:
+    return EasyVQA()
+
+
 def ids(loader) -> list[list[str]]:
     return [[sample.id for sample in batch.samples] for batch in loader]
 
@@ -79,6 +84,7 @@ def examples_of(keys) -> list[Example]:
     return [Example(str(i), {}, 0, None if key is None else f"g{key}") for i, key in enumerate(keys)]
 
 
+@settings(max_examples=50)
 @given(grouped, st.integers(1, 5))
 def test_shards_partition_the_examples_and_keep_groups_whole(keys, world_size):
     examples = examples_of(keys)
@@ -90,6 +96,7 @@ def test_shards_partition_the_examples_and_keep_groups_whole(keys, world_size):
         assert any(set(members) <= set(part) for part in shards)
 
 
+@settings(max_examples=50)
 @given(grouped, st.integers(1, 5), st.integers(0, 3))
 def test_training_order_is_equal_in_length_and_complete_over_the_processes(keys, world_size, epoch):
     dataset = PreparedDataset(examples_of(keys), {}, 1)
@@ -100,6 +107,7 @@ def test_training_order_is_equal_in_length_and_complete_over_the_processes(keys,
     assert len(flat(parts)) - len(keys) < world_size
 
 
+@settings(max_examples=50)
 @given(grouped, st.integers(0, 5))
 def test_training_order_keeps_groups_together(keys, seed):
     examples = examples_of(keys)
@@ -187,12 +195,11 @@ def test_each_process_of_a_trainer_gets_its_shard():
 # Samples and batches
 
 
-def test_a_batch_stacks_a_shared_input_once():
-    data = EasyVQA(test_limit=None)
-    samples = data.prepared("test")
+def test_a_batch_stacks_a_shared_input_once(easy_vqa):
+    samples = easy_vqa.prepared("test")
     batch = Batch.of([samples[i] for i in range(30)])
-    pictures = [example.inputs["image"] for example in data.examples("test")[:30]]
-    texts = [example.inputs["text"] for example in data.examples("test")[:30]]
+    pictures = [example.inputs["image"] for example in easy_vqa.examples("test")[:30]]
+    texts = [example.inputs["text"] for example in easy_vqa.examples("test")[:30]]
     assert batch.inputs["image"].shape == (len(set(pictures)), 3, 64, 64)
     assert batch.inputs["text"].shape[0] == len(set(texts)) < 30
     for i, sample in enumerate(batch.samples):
@@ -325,7 +332,7 @@ def png_bytes(folder: Path) -> bytes:
 
 
 @pytest.mark.filterwarnings("ignore")
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_broken_files_never_raise_anything_else(tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp()
@@ -345,9 +352,8 @@ def test_broken_files_never_raise_anything_else(tmp_path_factory, data):
 # easy-VQA
 
 
-def test_easy_vqa_splits_are_whole_and_disjoint():
-    data = EasyVQA()
-    parts = {split: data.examples(split) for split in ("train", "val", "test")}
+def test_easy_vqa_splits_are_whole_and_disjoint(easy_vqa):
+    parts = {split: easy_vqa.examples(split) for split in ("train", "val", "test")}
     pictures = {split: {e.group for e in examples} for split, examples in parts.items()}
     assert len(parts["train"]) + len(parts["val"]) == 38575
     assert len(parts["test"]) == 9673
@@ -359,20 +365,18 @@ def test_easy_vqa_splits_are_whole_and_disjoint():
     assert [e.id for e in EasyVQA(seed=5).examples("val")] == [e.id for e in parts["val"]]
 
 
-def test_easy_vqa_samples():
-    data = EasyVQA(test_limit=20)
-    sample = data.prepared("test")[3]
-    example = data.examples("test")[3]
+def test_easy_vqa_samples(easy_vqa):
+    sample, example = easy_vqa.prepared("test")[3], easy_vqa.examples("test")[3]
     part, picture, question = example.id.split("-")
     assert (part, sample.id, sample.index) == ("test", example.id, 3)
     assert example.inputs["image"].name == f"{picture}.png"
     assert int(question) >= 0
     assert sample.inputs["image"].shape == (3, 64, 64)
     assert sample.layouts["text"].words == tuple(example.inputs["text"].split())
-    text = data.modalities()["text"]
+    text = easy_vqa.modalities()["text"]
     assert text.max_length == 12  # the longest question has 10 words and marks
-    assert text.tokenizer.vocabulary == EasyVQA().modalities()["text"].tokenizer.vocabulary
-    assert all(text.prepare(e.inputs["text"]) for e in EasyVQA(test_limit=500).examples("test"))
+    assert text.tokenizer.vocabulary == EasyVQA(val_pictures=9).modalities()["text"].tokenizer.vocabulary
+    assert all(text.prepare(question) for question in {e.inputs["text"] for e in easy_vqa.examples("test")})
 
 
 def test_easy_vqa_that_is_not_installed(monkeypatch):

@@ -593,6 +593,26 @@ def test_full_mmbt_from_checkpoints(tmp_path, wordpiece):
         MMBTFull({"image": IMAGE, "text": TEXT}, CLASSES, **where, size=(64, 64))
 
 
+def test_a_checkpoint_of_something_else_or_of_a_part(vilt_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from muroan.models.huggingface import Clip, Vilt
+
+    modalities = {"image": IMAGE, "text": TEXT}
+    with pytest.raises(MuroanError, match="holds a 'vilt' model, expected 'clip'"):
+        Clip(modalities, 2, vilt_folder)
+    for file in Path(vilt_folder).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["vilt.pooler.dense.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(MuroanError, match=r"lacks 1 weights of ViltFor.*, such as vilt\.pooler\.dense"):
+        Vilt(modalities, 3, str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(MuroanError, match="could not be loaded"):
+        Vilt(modalities, 3, str(tmp_path))
+
+
 @pytest.mark.parametrize("name", ["vilt", "clip", "mmbt_full"])
 def test_a_missing_checkpoint_is_one_clear_error(name, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

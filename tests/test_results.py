@@ -160,6 +160,33 @@ class TestRunFolder:
         write_records(folder.records_file, [record(0)])
         assert folder.finish() == [record(0)]
 
+    def test_unreadable_samples_are_counted_once(self, tmp_path):
+        folders = [RunFolder(tmp_path, rank) for rank in (0, 1)]
+        folders[0].start({"identity": IDENTITY})
+        folders[0].append_unreadable([("s1", "no such file"), ("s9", "truncated")])
+        part = tmp_path / "unreadable.part-0.jsonl"
+        part.write_bytes(part.read_bytes()[:-5])  # the kill
+        folders[0].append_unreadable([("s9", "truncated")])
+        folders[1].append_unreadable([("s1", "no such file")])
+        folders[1].append_unreadable([])
+        with part.open("a") as file:
+            file.write('["s8", "cut sh')
+        folders[0].finish()
+        assert folders[0].run["unreadable"] == [["s1", "no such file"], ["s9", "truncated"]]
+        assert not list(tmp_path.glob("*.part-*"))
+
+    def test_started_anew(self, tmp_path):
+        folder = RunFolder(tmp_path)
+        folder.start({"identity": IDENTITY})
+        folder.append(record(0))
+        folder.finish()
+        assert folder.matches({"identity": IDENTITY})
+        assert not folder.matches({"identity": {}})
+        folder.clear()
+        assert not folder.finished
+        folder.start({"identity": {}})
+        assert folder.records() == []
+
     def test_order_is_by_the_samples_place_not_by_name(self, tmp_path):
         folder = RunFolder(tmp_path)
         for i in (10, 9, 100):

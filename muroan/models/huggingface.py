@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
     CLIPConfig,
     CLIPModel,
@@ -36,13 +38,49 @@ def load(part: Any, checkpoint: str, **options: Any) -> Any:
     method = part.get_image_processor_dict if part is ImageProcessingMixin else part.from_pretrained
     try:
         return method(checkpoint, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise MuroanError(
             f"{part.__name__} could not be loaded from {checkpoint!r}, tried as a local folder and as a name on the "
             f"Hugging Face hub: {reason} Set the model's checkpoint to a folder that save_pretrained wrote, or where "
             f"there is a network download it with `hf download {checkpoint}`"
         ) from error
+
+
+def load_config(kind: Any, checkpoint: str) -> Any:
+    """The configuration of a checkpoint.
+
+    Raises:
+        MuroanError: it cannot be loaded, or is that of another kind of model.
+    """
+    config = load(AutoConfig, checkpoint)
+    if not isinstance(config, kind):
+        raise MuroanError(f"{checkpoint!r} holds a {config.model_type!r} model, expected {kind.model_type!r}")
+    return config
+
+
+def load_model(part: Any, checkpoint: str, new: str = "", **options: Any) -> Any:
+    """A model with the weights of a checkpoint, in float32.
+
+    The library only warns when a checkpoint lacks weights, and draws them at random: here that is an error, since a
+    measurement of random weights looks like any other.
+
+    Args:
+        new: what the names of weights start with that may be missing, for they will be trained.
+
+    Raises:
+        MuroanError: it cannot be loaded, is of another kind, or lacks weights.
+    """
+    load_config(part.config_class, checkpoint)
+    model, info = load(part, checkpoint, dtype=torch.float32, output_loading_info=True, **options)
+    names = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
+    missing = sorted(name for name in names if not (new and name.startswith(new)))
+    if missing:
+        raise MuroanError(
+            f"{checkpoint!r} lacks {len(missing)} weights of {part.__name__}, such as {missing[0]}: "
+            "choose a checkpoint of the whole model"
+        )
+    return model
 
 
 class HFTokenizer:
@@ -134,7 +172,7 @@ class Vilt(MultimodalModel):
         truncate: bool = False,
     ):
         names = image_and_text("Vilt", modalities)
-        config = load(ViltConfig, checkpoint)
+        config = load_config(ViltConfig, checkpoint)
         unknown = [answer for answer in answers or [] if answer not in config.label2id]
         if unknown or (answers is not None and len(answers) != num_classes):
             raise MuroanError(
@@ -147,8 +185,8 @@ class Vilt(MultimodalModel):
         self.image, self.text, self.pad_id = *names, text.tokenizer.pad_id
         trained = "ViltForQuestionAnswering" in (config.architectures or [])
         self.pretrained = trained and (answers is not None or config.num_labels == num_classes)
-        new_head = {} if self.pretrained else {"num_labels": num_classes, "ignore_mismatched_sizes": True}
-        self.vilt = load(ViltForQuestionAnswering, checkpoint, dtype=torch.float32, **new_head)
+        new: dict[str, Any] = {"new": "classifier", "num_labels": num_classes, "ignore_mismatched_sizes": True}
+        self.vilt = load_model(ViltForQuestionAnswering, checkpoint, **({} if self.pretrained else new))
         self.chosen = [config.label2id[answer] for answer in answers or []]
 
     def encode(self, modality: str, x: Tensor) -> Features:
@@ -206,13 +244,13 @@ class Clip(MultimodalModel):
             raise MuroanError(f"model.fusion of Clip is concat or similarity, got {fusion!r}")
         if fusion == "similarity" and num_classes != 2:
             raise MuroanError(f"CLIP's similarity tells no match (0) from match (1), the dataset has {num_classes}")
-        config = load(CLIPConfig, checkpoint)
+        config = load_config(CLIPConfig, checkpoint)
         image = image_of(checkpoint, (config.vision_config.image_size, config.vision_config.image_size))
         text = text_of(checkpoint, config.text_config.max_position_embeddings, max_length, truncate)
         super().__init__({name: modality for name, modality in zip(names, (image, text), strict=True)}, num_classes)
         self.image, self.text = names
         self.pretrained = fusion == "similarity"
-        self.clip = load(CLIPModel, checkpoint, dtype=torch.float32)
+        self.clip = load_model(CLIPModel, checkpoint)
         if fusion == "similarity":
             self.threshold = nn.Parameter(torch.tensor(threshold))
         else:

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertModel, ResNetConfig, ResNetModel
 from muroan.modalities import Image, Modality, Text
 from muroan.models.base import Features, MultimodalModel
 from muroan.models.encoders import pooling_matrix
-from muroan.models.huggingface import image_and_text, image_of, load, text_of
+from muroan.models.huggingface import image_and_text, image_of, load_model, text_of
 
 
 class MMBTFull(MultimodalModel):
@@ -50,12 +50,12 @@ class MMBTFull(MultimodalModel):
     ):
         names = image_and_text("MMBTFull", modalities)
         if isinstance(resnet, str):
-            vision, image = load(ResNetModel, resnet, dtype=torch.float32), image_of(resnet, size)
+            vision, image = load_model(ResNetModel, resnet), image_of(resnet, size)
         else:  # normalised by the channel statistics of ImageNet
             vision = ResNetModel(ResNetConfig(**{"depths": [3, 8, 36, 3], **resnet}))
             image = Image(size, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
         if isinstance(bert, str):
-            language = load(BertModel, bert, dtype=torch.float32)
+            language = load_model(BertModel, bert, new="pooler")
             text = text_of(bert, language.config.max_position_embeddings, max_length, truncate)
         else:
             own = modalities[names[1]]

@@ -42,7 +42,7 @@ def build(folders: Sequence[Path], out: Path) -> Path:
             which = {"run": run.folder, "model": run.model, "dataset": run.dataset}
             file.writelines(json.dumps({**which, **json.loads(r.to_json())}) + "\n" for r in run.records)
     write_json(out / "summary.json", tables.summary(runs, comparisons))
-    (out / "table.md").write_text(tables.markdown(runs))
+    (out / "table.md").write_text(tables.markdown(runs), encoding="utf-8")
     curve = plots.curve(runs)
     (out / "curve.png").write_bytes(curve)
     page = out / "report.html"
@@ -58,7 +58,9 @@ def render(runs: Sequence[Run], comparisons: Sequence[Comparison], curve: bytes)
         whole=whole,
         json=lambda content: json.dumps(content, indent=2, ensure_ascii=False),
     )
-    template = environment.from_string(resources.files("muroan.report").joinpath("report.html.jinja").read_text())
+    template = environment.from_string(
+        resources.files("muroan.report").joinpath("report.html.jinja").read_text("utf-8")
+    )
     modalities = sorted({name for run in runs for name in run.modalities})
     narrow = (4.4, 4.8)  # inches: a phone, where the wide figure's letters would be too small
     curves = {

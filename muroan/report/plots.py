@@ -125,7 +125,7 @@ class Share:
 
     Attributes:
         name: what the removal lies in.
-        kind: place of the modality among the report's, `joint`, or `interaction`.
+        kind: which of four colours the modality has by its place, `joint`, or `interaction`.
         percent: of the flipped samples.
     """
 
@@ -139,7 +139,7 @@ def shares(run: Run, modalities: Sequence[str]) -> list[Share]:
     if not run.statuses["flipped"]:
         return []
     parts = [
-        Share(f"{name} alone", str(place), run.value(f"modality_share_{name}") or 0.0)
+        Share(f"{name} alone", str(place % 4), run.value(f"modality_share_{name}") or 0.0)
         for place, name in enumerate(modalities)
     ]
     interaction = run.value("interaction") or 0.0

@@ -1,0 +1,105 @@
+"""Every file under conf/ composes into a whole job, and what it names can be made of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+from conftest import ROOT
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+import muroan.cli  # registers the resolvers
+from muroan.attacks.base import Attack, ThreatModel
+from muroan.modalities import Audio, Image, Text, WordTokenizer
+
+CONF = ROOT / "conf"
+CHOICES = sorted((f.parent.name, f.stem) for f in CONF.glob("*/*.yaml"))
+MODALITIES = {"image": Image((8, 8)), "text": Text(WordTokenizer(["a"]), 5), "audio": Audio(100, 1000)}
+
+
+def job(*overrides: str, command: str = "attack") -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("config", [f"command={command}", *overrides], return_hydra_config=True)
+    HydraConfig.instance().set_config(config)
+    OmegaConf.set_struct(config, False)
+    del config["hydra"]
+    return config
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FSDD_ROOT", "HATEFUL_MEMES_ROOT"):
+        monkeypatch.setenv(name, str(tmp_path))
+
+
+def test_there_is_a_group_for_every_choice() -> None:
+    assert {group for group, _ in CHOICES} == {"attack", "dataset", "device", "experiment", "model", "tracker"}
+
+
+@pytest.mark.parametrize("command", ["train", "report"])
+def test_every_command_composes(command: str) -> None:
+    OmegaConf.resolve(job(command=command))
+
+
+@pytest.mark.parametrize(("group", "name"), CHOICES)
+@pytest.mark.usefixtures("folders")
+def test_every_choice_composes(group: str, name: str) -> None:
+    mandatory = ["dataset.classes=[a,b]", "dataset.root=."] if (group, name) == ("dataset", "manifest") else []
+    config = job(f"{group}={name}", *mandatory)
+    missing = OmegaConf.missing_keys(config)
+    assert not missing or name == "manifest"
+    if not missing:
+        OmegaConf.resolve(config)
+    assert config.out
+
+
+@pytest.mark.parametrize("name", [name for group, name in CHOICES if group == "attack"])
+def test_attacks(name: str) -> None:
+    attack = instantiate(job(f"attack={name}").attack)
+    assert isinstance(attack, Attack)
+    assert attack.name == name, "the name in records is the name of the choice"
+
+
+@pytest.mark.parametrize("name", [name for group, name in CHOICES if group == "tracker"])
+def test_trackers(name: str, tmp_path: Path) -> None:
+    tracker = muroan.cli.tracker(job(f"tracker={name}", f"out={tmp_path}"))
+    assert tracker is False if name == "none" else isinstance(tracker, pl.loggers.Logger)
+
+
+@pytest.mark.parametrize("name", [name for group, name in CHOICES if group == "device"])
+def test_devices(name: str, tmp_path: Path) -> None:
+    options = muroan.cli.trainer_options(job(f"device={name}", f"out={tmp_path}"))
+    if options["accelerator"] == "gpu":
+        # Lightning looks for the GPUs at once; their number and precision are checked without.
+        options |= {"accelerator": "cpu", "devices": 1, "precision": "32-true"}
+    pl.Trainer(**options, logger=False)
+
+
+def test_threat_model() -> None:
+    options = ("threat_model.replacement.image=blur", "threat_model.min_side.image=4", "threat_model.max_queries=9")
+    threat_model = instantiate(job(*options).threat_model)
+    assert isinstance(threat_model, ThreatModel)
+    complete = threat_model.complete(MODALITIES)
+    assert complete.replacement == {"image": "blur", "text": "delete", "audio": "zero"}
+    assert complete.min_side == {"image": 4, "text": 1, "audio": 10}
+    assert complete.max_queries == 9
+
+
+def test_the_folder_of_a_job_tells_what_decides_its_outcome() -> None:
+    same = ("device=cpu", "tracker=wandb", "engine.batch_size=7", "rerun=true", "dataset.test_batch_size=3")
+    other = ("attack.max_combinations=7", "seed=1", "dataset.test_limit=9", "model/fusion=gated", "training.lr=2e-3")
+    other += ("device.precision=bf16-mixed", "threat_model.max_queries=5")
+    plain = job().out
+    assert "easy_vqa-mmbt-decoupling_reference-" in plain
+    assert {job(option).out for option in same} == {plain}
+    assert len({plain, *(job(option).out for option in other)}) == 1 + len(other)
+
+
+def test_an_attack_looks_where_training_wrote() -> None:
+    shared = ("model=concat", "seed=2", "training.epochs=1", "dataset.train_limit=50")
+    assert job(*shared, "dataset.test_limit=9").folders.train == job(*shared, command="train").out
+    assert job(*shared, "seed=3").folders.train != job(*shared, command="train").out
