@@ -57,6 +57,7 @@ def main() -> None:
     command = arguments[0]
     if command not in commands:
         sys.exit(f"muroan: unknown command {command!r}: choose one of {', '.join(commands)}; `muroan --help` explains")
+    sys.path.append(os.getcwd())  # where a user's own model, dataset or attack lies
     trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises to us what it would print with forty frames
     # Hydra's parser wants all overrides side by side, wherever the user put -m.
@@ -138,9 +139,8 @@ def plain(config: Any, resolve: bool = True) -> Any:
 
 def identity(config: DictConfig, command: str, resolve: bool = True) -> dict[str, Any]:
     """The part of the configuration that decides what `train` learns, or what the records of `attack` say."""
-    keys = ("model", "dataset", "training", "seed")
-    if command == "attack":
-        keys = ("model", "dataset", "attack", "threat_model", "seed")
+    own = ("training",) if command == "train" else ("attack", "threat_model")
+    keys = ("model", "dataset", "seed", *own)
     chosen = {key: plain(config[key], resolve) for key in keys}
     split = ("test_limit",) if command == "train" else ("train_limit", "val_limit")
     chosen["dataset"] = {k: v for k, v in chosen["dataset"].items() if k not in (*LOADING, *split)}

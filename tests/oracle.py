@@ -7,6 +7,7 @@ fast.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from itertools import chain, combinations, islice, product
 from typing import Any
@@ -83,78 +84,79 @@ def occluded(model: Any, sample: Any, parts: tuple[Part, ...]) -> dict[str, torc
     return inputs
 
 
-@torch.no_grad()
-def reference_attack(
-    model: Any,
-    sample: Any,
-    min_side: dict[str, int],
-    max_combinations: int = 500,
-    coupling: str = "combinations",
-) -> OracleResult:
-    """
-    Args:
-        min_side: by modality; a region whose longest side is no larger is not cut again. Texts need none.
-        coupling: "combinations" of all salient points, or "pairs" of two that lie in different modalities.
-    """
-    dtype = next(model.parameters()).dtype
-    result = OracleResult("held")
+class Oracle:
+    """One sample: the constructor finds its salient points, `decouple` couples them and looks for a flip."""
 
-    def ask(*parts: Part) -> tuple[int, int]:
+    def __init__(self, model: Any, sample: Any, min_side: dict[str, int]):
+        """
+        Args:
+            min_side: by modality; a region whose longest side is no larger is not cut again. Texts need none.
+        """
+        self.model, self.sample, self.min_side = model, sample, min_side
+        self.margins: list[float] = []
+        self.clean_component, self.clean_label = self.ask()
+        self.regions: list[Part] = []
+        self.words: list[Part] = []
+        if self.clean_label == sample.label:
+            self.find_salient_points()
+
+    @torch.no_grad()
+    def ask(self, *parts: Part) -> tuple[int, int]:
         """The largest component of the fusion embedding, and the predicted class."""
-        inputs = occluded(model, sample, parts)
-        prediction = model({name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()})
+        dtype = next(self.model.parameters()).dtype
+        inputs = occluded(self.model, self.sample, parts)
+        prediction = self.model({name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()})
         for values in (prediction.embedding[0], prediction.logits[0]):
             first, second = values.topk(2).values.tolist()
-            result.margins.append(first - second)
+            self.margins.append(first - second)
         return int(prediction.embedding[0].argmax()), int(prediction.logits[0].argmax())
 
-    clean_component, clean_label = ask()
-    result.adversarial_label = clean_label
-    if clean_label != sample.label:
-        result.status = "skipped"
-        return result
+    def find_salient_points(self) -> None:
+        for name, modality in self.model.modalities.items():
+            grid = tuple(self.sample.layouts[name].grid)
+            if isinstance(modality, Text):
+                for i in range(grid[0]):
+                    word = (name, (i,), (i + 1,))
+                    if self.ask(word)[0] != self.clean_component:
+                        self.words.append(word)
+            else:
+                self.search(name, (0,) * len(grid), grid)
 
-    # 1 and 2. Salient datapoints.
-    regions: list[Part] = []
-    words: list[Part] = []
-
-    def search(name: str, start: tuple[int, ...], stop: tuple[int, ...]) -> None:
-        if max(b - a for a, b in zip(start, stop, strict=True)) <= min_side[name]:
+    def search(self, name: str, start: tuple[int, ...], stop: tuple[int, ...]) -> None:
+        if max(b - a for a, b in zip(start, stop, strict=True)) <= self.min_side[name]:
             return
         for child_start, child_stop in children(start, stop):
-            part = (name, child_start, child_stop)
-            if ask(part)[0] != clean_component:
-                regions.append(part)
-                search(name, child_start, child_stop)
+            region = (name, child_start, child_stop)
+            if self.ask(region)[0] != self.clean_component:
+                self.regions.append(region)
+                self.search(name, child_start, child_stop)
 
-    for name, modality in model.modalities.items():
-        grid = sample.layouts[name].grid
-        if isinstance(modality, Text):
-            for i in range(grid[0]):
-                if ask((name, (i,), (i + 1,)))[0] != clean_component:
-                    words.append((name, (i,), (i + 1,)))
+    def decouple(self, max_combinations: int = 500, coupling: str = "combinations") -> OracleResult:
+        """
+        Args:
+            coupling: "combinations" of all salient points, or "pairs" of two that lie in different modalities.
+        """
+        result = OracleResult("held", adversarial_label=self.clean_label, margins=self.margins)
+        if self.clean_label != self.sample.label:
+            result.status = "skipped"
+            return result
+        points = sorted(self.regions, key=lambda part: len(coordinates(part))) + self.words  # equal areas stay in order
+        for name in self.model.modalities:
+            result.salient[name] = sum(part[0] == name for part in points)
+
+        if coupling == "combinations":
+            coupled = chain.from_iterable(combinations(points, size) for size in range(1, len(points) + 1))
         else:
-            search(name, (0,) * len(grid), tuple(grid))
-    for name in model.modalities:
-        result.salient[name] = sum(part[0] == name for part in regions + words)
-
-    # 3. Coupled datapoints. `sorted` keeps the order of equal areas.
-    points = sorted(regions, key=lambda part: len(coordinates(part))) + words
-    if coupling == "combinations":
-        coupled = chain.from_iterable(combinations(points, size) for size in range(1, len(points) + 1))
-    else:
-        coupled = ((a, b) for a, b in combinations(points, 2) if a[0] != b[0])
-
-    # 4. Decoupled datapoints.
-    for combination in islice(coupled, max_combinations):
-        result.combinations += 1
-        label = ask(*combination)[1]
-        if label != clean_label:
-            total = sum(len(coordinates((name, (0,) * len(x.grid), x.grid))) for name, x in sample.layouts.items())
-            for part in combination:
-                result.removed.setdefault(part[0], set()).update(coordinates(part))
-            result.status, result.parts, result.adversarial_label = "flipped", combination, label
-            result.percent = 100 * sum(map(len, result.removed.values())) / total
-            result.released_percent = 100 * len(coordinates(combination[-1])) / total
-            break
-    return result
+            coupled = ((a, b) for a, b in combinations(points, 2) if a[0] != b[0])
+        for combination in islice(coupled, max_combinations):
+            result.combinations += 1
+            _, label = self.ask(*combination)
+            if label != self.clean_label:
+                for part in combination:
+                    result.removed.setdefault(part[0], set()).update(coordinates(part))
+                total = sum(math.prod(layout.grid) for layout in self.sample.layouts.values())
+                result.status, result.parts, result.adversarial_label = "flipped", combination, label
+                result.percent = 100 * sum(map(len, result.removed.values())) / total
+                result.released_percent = 100 * len(coordinates(combination[-1])) / total
+                break
+        return result

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -158,40 +159,64 @@ def test_two_processes_write_the_records_of_one(trained: Path, undisturbed: Path
 def test_a_sweep_tracks_every_job_in_wandb(trained: Path, tmp_path: Path) -> None:
     runs = "folders.attack='${absolute:sweep}/${hydra:runtime.choices.attack}'"
     options = (*SMALL, "dataset.test_limit=12", f"folders.train={trained}", "engine.keep_media=6", "tracker=wandb")
-    muroan("attack", "-m", *options, runs, "attack=random_removal,decoupling_reference", cwd=tmp_path)
+    muroan(
+        "attack",
+        "-m",
+        *options,
+        runs,
+        "attack=random_removal,decoupling_reference",
+        cwd=tmp_path,
+        WANDB_DATA_DIR=str(tmp_path),
+    )
     for name in ("random_removal", "decoupling_reference"):
         folder = tmp_path / "sweep" / name
         assert len(by_id(folder / "records.jsonl")) == 12
         (log,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
-        history, config, files, finished = read_wandb(log)
+        history, config, pictures, finished = read_wandb(log)
         assert any("attack/attack_success_rate" in entry for entry in history)
-        assert f"attacks.{name}" in config["attack"]
+        assert f"attacks.{name}" in "".join(config.values())
         assert finished == 0
         (table,) = (json.loads(f.read_text()) for f in log.parent.glob("files/media/table/*.json"))
         assert {"id", "image", "text", "status"} <= set(table["columns"])
-        assert len(list(log.parent.glob("files/media/images/**/*.png"))) >= len(table["data"]) > 0
-        assert files
+        assert len(pictures) == len(table["data"]) > 0
+        assert all(Path(picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
 
 
-def read_wandb(log: Path) -> tuple[list[dict], dict[str, str], list[str], int | None]:
-    """What an offline run of Weights & Biases holds: history, config, files and exit code."""
+def read_wandb(log: Path) -> tuple[list[dict[str, str]], dict[str, str], list[str], int | None]:
+    """What an offline run of Weights & Biases holds: history, config, pictures of its tables, and exit code."""
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
-    store = DataStore()
-    store.open_for_scan(str(log))
-    history, config, files, finished = [], {}, [], None
-    while (data := store.scan_data()) is not None:
+    history: list[dict[str, str]] = []
+    config: dict[str, str] = {}
+    pictures: list[str] = []
+    finished = None
+    for data in leveldb_records(log.read_bytes()):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
         if record.HasField("history"):
             history.append({i.key or "/".join(i.nested_key): i.value_json for i in record.history.item})
-        for update in record.config.update, record.run.config.update:
-            config.update({i.key or "/".join(i.nested_key): i.value_json for i in update})
-        files += [f.path for f in record.files.files]
+        for update in (*record.config.update, *record.run.config.update):
+            config[update.key or "/".join(update.nested_key)] = update.value_json
+        artifact = record.artifact if record.HasField("artifact") else record.request.log_artifact.artifact
+        pictures += [entry.local_path for entry in artifact.manifest.contents if entry.path.endswith(".png")]
         if record.HasField("exit"):
             finished = record.exit.exit_code
-    return history, config, files, finished
+    return history, config, pictures, finished
+
+
+def leveldb_records(content: bytes) -> Iterator[bytes]:
+    """The records of a LevelDB log: 32 KiB blocks of pieces with a checksum, a length and a type each."""
+    at, record = 7, b""  # W&B's own header
+    while at + 7 <= len(content):
+        if 32768 - at % 32768 < 7:  # too little room for a piece: the block was padded
+            at += 32768 - at % 32768
+            continue
+        length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+        record += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or its last piece
+            yield record
+            record = b""
 
 
 @pytest.mark.slow

@@ -1,0 +1,42 @@
+"""The README's examples are run as they stand."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, muroan
+
+from muroan.results import read_records
+
+README = (ROOT / "README.md").read_text()
+EXAMPLES = {m[2]: m[1] for m in re.finditer(r"```python\n(# (my_\w+\.py)\n.*?)```", README, re.DOTALL)}
+
+
+def test_there_is_an_example_of_each_kind_under_thirty_lines() -> None:
+    assert set(EXAMPLES) == {"my_attack.py", "my_model.py", "my_data.py"}
+    assert all(len(text.splitlines()) < 30 for text in EXAMPLES.values())
+
+
+@pytest.mark.xdist_group("cli")
+def test_your_own_model_dataset_and_attack(tmp_path: Path) -> None:
+    for name, text in EXAMPLES.items():
+        (tmp_path / name).write_text(text)
+    targets = {
+        "model/bag": "_target_: my_model.Bag\n_partial_: true",
+        "dataset/parity": "_target_: my_data.Parity\nbatch_size: 32",
+        "attack/longest_words": "_target_: my_attack.LongestWords",
+    }
+    for name, target in targets.items():
+        path = tmp_path / "my_conf" / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(target)
+    (command,) = re.findall(r"\$ muroan attack (--config-dir .*)", README)
+    chosen = [word for word in command.split() if not word.startswith("attack=")]
+    muroan("train", *chosen, "training.epochs=1", "device=cpu", cwd=tmp_path)
+    muroan("attack", *command.split(), "training.epochs=1", "device=cpu", cwd=tmp_path)
+    (file,) = tmp_path.glob("outputs/attack/parity-bag-longest_words-*/records.jsonl")
+    records = read_records(file)
+    assert len(records) == 100
+    assert any(r.attacked and r.queries == len(r.regions) for r in records)
