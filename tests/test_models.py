@@ -15,7 +15,16 @@ from torch import nn
 
 from muroan.errors import MuroanError
 from muroan.modalities import Audio, Image, Text, WordTokenizer
-from muroan.models.encoders import AudioConv, ConvTokens, WordEmbedding, WordTransformer, mel_filters, pooling_matrix
+from muroan.models.encoders import (
+    AudioConv,
+    AudioTransformer,
+    ConvTokens,
+    ConvTransformer,
+    WordEmbedding,
+    WordTransformer,
+    mel_filters,
+    pooling_matrix,
+)
 from muroan.models.fusion.base import masked_mean
 from muroan.models.fusion.concat import ConcatFusion
 from muroan.models.fusion.cross_attention import CrossAttentionFusion
@@ -40,6 +49,11 @@ MODALITIES = [
     {"image": GREY, "audio": AUDIO},
     {"text": TEXT, "image": GREY, "audio": AUDIO},
 ]
+TRANSFORMERS = {
+    "image": partial(ConvTransformer, width=8, layers=1, heads=2, grid=(2, 2)),
+    "text": partial(WordTransformer, width=8, layers=1, heads=2),
+    "audio": partial(AudioTransformer, width=8, layers=1, heads=2, grid=(1, 3), bands=20),
+}
 ENCODERS = {
     "image": partial(ConvTokens, width=16, grid=(2, 2)),
     "text": partial(WordTransformer, width=8, layers=1, heads=2, dropout=0.3),
@@ -292,6 +306,15 @@ def test_a_text_without_words_is_no_accident(fusion, encoder):
     assert logits.isfinite().all()
     logits.sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_every_modality_can_have_a_transformer_of_its_own():
+    modalities = {"text": TEXT, "image": GREY, "audio": AUDIO}
+    model, inputs = build(modalities, "concat", **TRANSFORMERS), random_inputs(modalities, 3)
+    logits = model(inputs).logits
+    assert logits.shape == (3, CLASSES)
+    alone = model({name: x[1:2] for name, x in inputs.items()}).logits
+    torch.testing.assert_close(alone, logits[1:2], atol=1e-5, rtol=1e-4)
 
 
 def test_half_precision():

@@ -32,7 +32,7 @@ from muroan.results import AttackResult
 
 FSDD = Path(__file__).parents[2] / "shared" / "data" / "fsdd"
 COUPLINGS = ["combinations", "pairs"]
-MOST = 40  # combinations tried at most, which keeps the oracle short; the toys below try 500
+MOST = 30  # combinations tried at most, which keeps the oracle short; the toys below try 500
 
 
 @dataclass
@@ -58,21 +58,26 @@ def small_mmbt(data) -> FusionModel:
 
 @torch.no_grad()
 def sensitise(model: FusionModel, samples: list[Sample], favour: float) -> None:
-    """Make a random model lively: every component of its embedding and every logit is standardised over the samples.
+    """Make a random model lively: its image and sound features, its embedding and its logits are standardised.
 
-    Without it the same component and class win whatever the input. Two classes are favoured, or the winner would
+    Without it the same component and class win whatever the input. The first class is favoured, or the winner would
     hang by a thread and fall at the first combination tried.
     """
     batch = Batch.of(samples)
     inputs = {name: x.to(torch.float64) if x.is_floating_point() else x for name, x in batch.inputs.items()}
-    embedding = model(inputs, batch.rows).embedding
-    norm, head = model.fusion.norm, model.classifier
-    norm.weight.div_(embedding.std(0))
-    norm.bias.sub_(embedding.mean(0)).div_(embedding.std(0))
-    logits = model(inputs, batch.rows).logits
-    head.weight.div_(logits.std(0)[:, None])
-    head.bias.sub_(logits.mean(0)).div_(logits.std(0))
-    head.bias[2:] -= favour
+
+    def standardise(layer: nn.Module, values: torch.Tensor) -> None:
+        """Let the affine `layer`, whose outputs over the samples are `values` (N, D), have mean 0 and deviation 1."""
+        std = values.std(0)
+        layer.weight.div_(std if layer.weight.ndim == 1 else std[:, None])
+        layer.bias.sub_(values.mean(0)).div_(std)
+
+    for name, encoder in model.encoders.items():
+        if not isinstance(encoder, WordEmbedding):
+            standardise(encoder.norm, (model.encode(name, inputs[name])[0] - encoder.position).flatten(0, 1))
+    standardise(model.fusion.norm, model(inputs, batch.rows).embedding)
+    standardise(model.classifier, model(inputs, batch.rows).logits)
+    model.classifier.bias[1:] -= favour
 
 
 @torch.no_grad()
@@ -103,16 +108,16 @@ def case(data, indices: list[int], min_side: dict[str, int], favour: float) -> C
 
 @pytest.fixture(scope="session")
 def easy_vqa() -> Case:
-    # Two questions about each of 66 pictures, of which 110 are attacked.
-    return case(EasyVQA(), [10 * i + j for i in range(66) for j in (0, 1)], {"image": 10}, 2.0)
+    # Two questions about each of 63 pictures, of which 105 are attacked.
+    return case(EasyVQA(), [10 * i + j for i in range(63) for j in (0, 1)], {"image": 10}, 2.0)
 
 
 @pytest.fixture(scope="session")
 def digit_sum() -> Case:
     if not FSDD.is_dir():
         pytest.skip(f"needs {FSDD}")
-    # 55 pairs are attacked. An audio region of 80 samples (10 ms) is not cut again.
-    return case(DigitSum(str(FSDD)), list(range(66)), {"image": 10, "audio": 80}, 3.0)
+    # 51 pairs are attacked. An audio region of 80 samples (10 ms) is not cut again.
+    return case(DigitSum(str(FSDD)), list(range(62)), {"image": 10, "audio": 80}, 4.5)
 
 
 @pytest.fixture(params=["easy_vqa", "digit_sum"])
@@ -224,7 +229,7 @@ def test_the_comparison_means_something(prepared: Case):
     flipped = [r for r in attacked if r.status == "flipped"]
     assert len(flipped) >= 0.4 * len(attacked)
     assert sum(r.combinations > 1 for r in flipped) >= 0.2 * len(attacked)
-    assert sum(len(r.parts) >= 2 for r in flipped) >= 0.02 * len(attacked)
+    assert sum(len(r.parts) >= 2 for r in flipped) >= 0.05 * len(attacked)
     assert len(flipped) < len(attacked)
     for name in prepared.model.modalities:
         assert sum(r.salient[name] > 0 for r in attacked) >= 0.2 * len(attacked)
@@ -264,7 +269,7 @@ def single_precision_mismatch(prepared: Case, samples: list[Sample]) -> float:
 
 def test_single_precision_mismatch_is_rare(prepared: Case, record_property):
     """Rounding that depends on the batch size may turn a near tie, and then the search goes another way."""
-    rate = single_precision_mismatch(prepared, prepared.samples[:40])
+    rate = single_precision_mismatch(prepared, prepared.samples[:24])
     record_property("mismatch_float32", rate)
     print(f"float32, engine at batch 64 against oracle: {100 * rate:.2f} % of samples differ")
     assert rate <= 0.1
