@@ -2,7 +2,7 @@
 
     python benchmarks/engine.py                                  # the demo's model and data, on the CPU
     python benchmarks/engine.py --checkpoint outputs/demo/model/best.ckpt
-    python benchmarks/engine.py --model mmbt_full --device cuda --precision bf16   # BERT-base, ResNet-152, random weights
+    python benchmarks/engine.py --model mmbt_full --device cuda --precision bf16  # in full size, random weights
 
 All figures come from one run on the same samples and model; compare them with each other, not across machines.
 """
@@ -38,9 +38,9 @@ def demo_model(checkpoint: str | None, samples: int) -> tuple[MultimodalModel, l
     """The small MMBT on easy-VQA; without a checkpoint, with random weights and its own predictions as labels."""
     from muroan.data.easy_vqa import EasyVQA
     from muroan.models.encoders import ConvTokens, WordEmbedding
-    from muroan.models.fusion.mmbt import MMBT
+    from muroan.models.fusion.mmbt import MMBTFusion
     from muroan.models.fusion_model import FusionModel
-    from muroan.models.heads import Linear
+    from muroan.models.heads import LinearHead
     from muroan.training.module import load_weights
 
     data = EasyVQA(test_limit=samples)
@@ -48,8 +48,8 @@ def demo_model(checkpoint: str | None, samples: int) -> tuple[MultimodalModel, l
         data.modalities(),
         len(data.classes),
         {"image": partial(ConvTokens, width=128, grid=(4, 4)), "text": partial(WordEmbedding, width=128)},
-        partial(MMBT, width=128, layers=3, heads=4),
-        Linear,
+        partial(MMBTFusion, width=128, layers=3, heads=4),
+        LinearHead,
     ).eval()
     if checkpoint:
         load_weights(model, Path(checkpoint))
@@ -58,8 +58,6 @@ def demo_model(checkpoint: str | None, samples: int) -> tuple[MultimodalModel, l
 
 def full_model(samples: int) -> tuple[MultimodalModel, list[Sample]]:
     """The full-size MMBT with random weights on noise images and made-up words: speed does not depend on them."""
-    from transformers import BertConfig, ResNetConfig
-
     from muroan.data.samples import Example, PreparedDataset
     from muroan.modalities import Image, Text, WordTokenizer
     from muroan.models.mmbt_full import MMBTFull
@@ -67,8 +65,7 @@ def full_model(samples: int) -> tuple[MultimodalModel, list[Sample]]:
     torch.manual_seed(0)
     words = [f"w{i}" for i in range(2000)]
     modalities = {"image": Image((224, 224)), "text": Text(WordTokenizer(words), 32)}
-    resnet = ResNetConfig(depths=[3, 8, 36, 3], layer_type="bottleneck", hidden_sizes=[256, 512, 1024, 2048])
-    model = MMBTFull(modalities, 2, bert=BertConfig(), resnet=resnet, max_length=32).eval()
+    model = MMBTFull(modalities, 2, bert={}, resnet={}, max_length=32).eval()
     rng = np.random.default_rng(0)
     examples = [
         Example(

@@ -221,7 +221,7 @@ def train(config: DictConfig) -> None:
         log.info("already trained: %s (rerun=true trains again)", out / "best.ckpt")
         return
     data, model = build(config)
-    options = {key: value for key, value in config.training.items() if key != "epochs"}
+    options = {key: value for key, value in config.training.items() if key not in ("epochs", "clip")}
     module = MultimodalModule(model, **options)
     keep = ModelCheckpoint(
         out, "best", monitor="val/accuracy", mode="max", save_last=True, enable_version_counter=False
@@ -230,6 +230,7 @@ def train(config: DictConfig) -> None:
     trainer = pl.Trainer(
         **trainer_options(config),
         max_epochs=config.training.epochs,
+        gradient_clip_val=config.training.clip,
         callbacks=[keep, TQDMProgressBar(refresh_rate=20)],
         logger=logger,
         num_sanity_val_steps=0,

@@ -30,7 +30,9 @@ from muroan.results import AttackResult, Count, Status
 Key = tuple[tuple[str, int], ...]
 
 # The engine's own phases: they cost forwards and are no queries of the attacker's.
-CLEAN, VERIFY, AUDIT = "clean", "verify", "audit"
+CLEAN, VERIFY, AUDIT = OWN_PHASES = ("clean", "verify", "audit")
+
+LOOK_AHEAD = 32  # removals drawn at most to find a new question: an ask may repeat itself without end
 
 AUTOCAST = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}
 
@@ -58,7 +60,8 @@ class _Live:
         answers: every answer so far. `asked` are the keys that the search has been given answers to: the engine may
             know more than that, having run ahead, and the ledger must not depend on it.
         wanted: questions that wait for a batch; in_flight: how many are in one.
-        window, upcoming: removals of an `until` ask, drawn and not yet drawn.
+        window, upcoming: removals of an `until` ask, drawn and not yet drawn; with each drawn one goes the state that
+            the search's random generator was left in, as running ahead must not change what is drawn later.
     """
 
     sample: Sample
@@ -71,8 +74,9 @@ class _Live:
     ledger: dict[str, Count] = field(default_factory=dict)
     wanted: deque[_Question] = field(default_factory=deque)
     in_flight: int = 0
-    window: deque[tuple[Key, Removal]] = field(default_factory=deque)
+    window: deque[tuple[Key, Removal, Any]] = field(default_factory=deque)
     upcoming: Iterator[Removal] = field(default_factory=lambda: iter(()))
+    rng: np.random.Generator | None = None
 
     def key(self, removal: Removal) -> Key:
         removed = removed_elements(removal, self.sample.layouts)
@@ -86,25 +90,36 @@ class _Live:
         else:
             self.asked.add(key)
             count.forwards += 1
-            if phase not in (CLEAN, AUDIT):
+            if phase not in OWN_PHASES:
                 count.queries += 1
                 self.budget -= 1
         return self.answers[key]
 
     def affordable(self, key: Key, phase: str) -> bool:
-        return key in self.asked or phase in (CLEAN, AUDIT) or self.budget >= 1
+        return key in self.asked or phase in OWN_PHASES or self.budget >= 1
+
+    def draw(self) -> bool:
+        """Draw one more removal of an `until` ask into the window; False when there is none."""
+        removal = next(self.upcoming, None)
+        if removal is not None:
+            state = None if self.rng is None else self.rng.bit_generator.state
+            self.window.append((self.key(removal), removal, state))
+        return removal is not None
 
     def look_ahead(self) -> _Question | None:
-        """A further question of an `until` ask that the search will probably come to; None when there is none."""
-        while len(self.window) < self.budget:
-            removal = next(self.upcoming, None)
-            if removal is None:
+        """A further question of an `until` ask that the search will probably come to; None when none is in sight."""
+        for _ in range(LOOK_AHEAD):
+            if len(self.window) >= self.budget or not self.draw():
                 return None
-            key = self.key(removal)
-            self.window.append((key, removal))
-            if key not in self.answers and sum(key == other for other, _ in self.window) == 1:
+            key, removal, _ = self.window[-1]
+            if key not in self.answers and sum(key == other for other, _, _ in self.window) == 1:
                 return _Question(self, key, removal)
         return None
+
+    def close_ask(self) -> None:
+        """Forget what was drawn ahead."""
+        self.window.clear()
+        self.upcoming = iter(())
 
 
 class _Store:
@@ -127,12 +142,17 @@ class _Store:
         rows = torch.tensor([slot for slot, _, _ in samples], device=self.device)
         self.labels[rows] = torch.tensor([s.label for _, s, _ in samples], device=self.device)
         for name, modality in self.model.modalities.items():
-            x = torch.stack([s.inputs[name] for _, s, _ in samples])
-            baseline = modality.baseline(x, self.threat_model.replacement[name], [seed for _, _, seed in samples])
-            for store, values in ((self.inputs, x), (self.baselines, baseline)):
-                if values is not None:
-                    values = values.to(self.device, self.dtype if values.is_floating_point() else None)
-                    store.setdefault(name, self._room(values))[rows] = values
+            replacement = self.threat_model.replacement[name]
+            # One by one: what stands in for removed elements must not depend on who is admitted together.
+            found = [modality.baseline(s.inputs[name], s.layouts[name], replacement, seed) for _, s, seed in samples]
+            self._fill(self.inputs, name, rows, [s.inputs[name] for _, s, _ in samples])
+            self._fill(self.baselines, name, rows, [baseline for baseline in found if baseline is not None])
+
+    def _fill(self, store: dict[str, Tensor], name: str, rows: Tensor, values: list[Tensor]) -> None:
+        if values:
+            stacked = torch.stack(values)
+            stacked = stacked.to(self.device, self.dtype if stacked.is_floating_point() else None)
+            store.setdefault(name, self._room(stacked))[rows] = stacked
 
     def keep_features(self, name: str, slots: Tensor, features: Features) -> None:
         if name not in self.features:
@@ -284,7 +304,7 @@ class QueryEngine:
         for live in self._live.values():
             while live.wanted and len(questions) < self.batch_size:
                 questions.append(live.wanted.popleft())
-        ahead = [live for live in self._live.values() if live.window]
+        ahead = [live for live in self._live.values() if live.window]  # in the midst of an `until` ask
         while ahead and len(questions) < self.batch_size:
             live = ahead.pop(0)
             question = live.look_ahead()
@@ -303,12 +323,11 @@ class QueryEngine:
         (clean,) = yield from self._answer(live, Ask([Removal()], CLEAN))
         if clean.label != sample.label:
             return self._result(live, clean, clean, "skipped")
-        rng = np.random.default_rng(stable_seed(self.seed, self.attack.name, sample.id))
+        live.rng = np.random.default_rng(stable_seed(self.seed, self.attack.name, sample.id))
         view = AttackedSample(
-            sample.id, sample.label, clean, self.model.modalities, sample.layouts, self.threat_model, rng
+            sample.id, sample.label, clean, self.model.modalities, sample.layouts, self.threat_model, live.rng
         )
         removal, exhausted = yield from self._search(live, self.attack.search(view))
-        live.window.clear()
         failed: Status = "budget_exhausted" if exhausted else "held"
         if removal is None:
             return self._result(live, clean, clean, failed, info=view.info)
@@ -336,6 +355,10 @@ class QueryEngine:
 
     def _search(self, live: _Live, search: Search) -> Generator[list[_Question], None, tuple[Removal | None, bool]]:
         """Drive the attack's own generator; returns what it returned, and whether the budget cut it short."""
+        if not isinstance(search, Generator):
+            raise MuroanError(
+                f"{self.attack.name}.search must be a generator, which yields what it asks, got {search!r}"
+            )
         exhausted = False
         resume: Callable[[], Ask | Sequence[Removal]] = partial(next, search)
         while True:
@@ -346,36 +369,53 @@ class QueryEngine:
             except BudgetExhausted:
                 return None, True
             try:
-                responses = yield from self._answer(live, asked if isinstance(asked, Ask) else Ask(asked))
+                responses = yield from self._answer(live, self._checked_ask(asked))
                 resume = partial(search.send, responses)
             except BudgetExhausted as refusal:
                 exhausted = True
                 resume = partial(search.throw, refusal)
 
+    def _checked_ask(self, asked: Any) -> Ask:
+        """What a search yielded, as an ask.
+
+        Raises:
+            MuroanError: it is none, or goes under the name of one of the engine's own phases, which are free.
+        """
+        ask = asked if isinstance(asked, Ask) else Ask(asked)
+        if isinstance(ask.removals, str) or not isinstance(ask.removals, Iterable):
+            raise MuroanError(f"{self.attack.name}.search must yield a list of removals or an Ask, got {asked!r}")
+        if ask.phase in OWN_PHASES:
+            raise MuroanError(
+                f"{self.attack.name}.search asks under the phase {ask.phase!r}, which is the engine's own: name another"
+            )
+
+        def checked() -> Iterator[Removal]:
+            for removal in ask.removals:
+                if not isinstance(removal, Removal):
+                    raise MuroanError(f"{self.attack.name}.search must ask removals (Removal.of), got {removal!r}")
+                yield removal
+
+        return Ask(checked(), ask.phase, ask.until)
+
     def _answer(self, live: _Live, ask: Ask) -> Generator[list[_Question], None, list[Response]]:
         """Responses to an ask, in order; yields the questions that are not answered yet."""
         window, responses = live.window, list[Response]()
-        window.clear()
+        live.close_ask()
         live.upcoming = iter(ask.removals)
         if ask.until is None:
-            window.extend((live.key(removal), removal) for removal in live.upcoming)
-            new = {key: removal for key, removal in window if key not in live.asked}
+            while live.draw():
+                pass
+            new = {key: removal for key, removal, _ in window if key not in live.asked}
             affordable = list(new.items())
-            if ask.phase not in (CLEAN, AUDIT):
+            if ask.phase not in OWN_PHASES:
                 affordable = affordable[: int(min(live.budget, len(new)))]
             missing = [_Question(live, key, removal) for key, removal in affordable if key not in live.answers]
             if missing:
                 yield missing
-        while True:
-            if not window:
-                removal = next(live.upcoming, None)
-                if removal is None:
-                    return responses
-                window.append((live.key(removal), removal))
-            key, removal = window[0]
+        while window or live.draw():
+            key, removal, state = window[0]
             if not live.affordable(key, ask.phase):
-                window.clear()
-                live.upcoming = iter(())
+                live.close_ask()
                 raise BudgetExhausted(responses)
             if key not in live.answers:
                 yield [_Question(live, key, removal)]
@@ -383,9 +423,11 @@ class QueryEngine:
             response = live.answered(key, ask.phase)
             responses.append(response)
             if ask.until is not None and ask.until(response):
-                window.clear()
-                live.upcoming = iter(())
-                return responses
+                if live.rng is not None:
+                    live.rng.bit_generator.state = state
+                break
+        live.close_ask()
+        return responses
 
     def _result(
         self,
@@ -424,8 +466,8 @@ class QueryEngine:
 
     def _ask(self, questions: list[_Question]) -> list[Response]:
         """Answer a batch; on out-of-memory, the batch size is halved for good and the batch asked in two."""
-        if len(questions) > self.batch_size:
-            return self._ask(questions[: self.batch_size]) + self._ask(questions[self.batch_size :])
+        if len(questions) > (size := self.batch_size):  # which the first call may halve again
+            return self._ask(questions[:size]) + self._ask(questions[size:])
         try:
             packed, classes = self._forward(questions)
             if not self._checked:

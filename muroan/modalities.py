@@ -260,11 +260,14 @@ class Modality(ABC):
         """The region in positions of the input tensor: starts, then stops."""
         return (*region.start, *region.stop)
 
-    def baseline(self, x: Tensor, replacement: str, seeds: Sequence[int]) -> Tensor | None:
+    def baseline(self, x: Tensor, layout: Layout, replacement: str, seed: int) -> Tensor | None:
         """The values that occlusion puts in place of removed ones, or None where it needs none.
 
         Args:
-            x: (B, *shape); seeds: one a row, so that noise is the same each time that a sample is asked.
+            x: (*shape), one input; seed: its own, so that noise is the same each time that the sample is asked.
+
+        Returns:
+            (*shape), the same for every removal.
         """
         return None
 
@@ -276,18 +279,17 @@ class Modality(ABC):
             )
 
 
-def _value_baseline(x: Tensor, replacement: str, seeds: Sequence[int], axes: int, sigma: float) -> Tensor | None:
-    """Baselines of continuous inputs; statistics are each input's own, per channel, over the last `axes` axes."""
-    dims = tuple(range(-axes, 0))
+def _value_baseline(x: Tensor, replacement: str, seed: int, sigma: float) -> Tensor | None:
+    """Baseline of a continuous input (C, ...); the statistics are its own, per channel."""
+    dims = tuple(range(1, x.ndim))
     if replacement == "mean":
         return x.mean(dims, keepdim=True).expand_as(x)
     if replacement == "blur":
-        blurred = gaussian_blur(x if axes > 1 else x[:, None], sigma, axes)
-        return blurred if axes > 1 else blurred[:, 0]
+        return gaussian_blur(x[None], sigma, x.ndim - 1)[0]
     if replacement == "noise":
         # Drawn on the CPU, so that a GPU run removes the same values.
-        noise = torch.stack([torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds]).to(x)
-        return x.mean(dims, keepdim=True) + noise * x.std(dims, keepdim=True)
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x)
+        return x.mean(dims, keepdim=True) + noise * x.std(dims, correction=0, keepdim=True)
     return None  # zero and delete need no values
 
 
@@ -321,7 +323,13 @@ class Image(Modality):
             raw: a PIL image, or an array (H, W) or (H, W, C) of bytes.
         """
         if isinstance(raw, np.ndarray):
-            raw = PILImage.fromarray(raw)
+            pixels = raw[..., 0] if raw.ndim == 3 and raw.shape[2] == 1 else raw
+            if raw.dtype != np.uint8 or raw.size == 0 or not (pixels.ndim == 2 or pixels.shape[2:] in ((3,), (4,))):
+                raise MuroanError(
+                    f"an image must be a PIL image or an array of bytes (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), "
+                    f"got an array of {raw.dtype} of shape {raw.shape}"
+                )
+            raw = PILImage.fromarray(pixels)
         if not isinstance(raw, PILImage.Image):
             raise MuroanError(f"an image must be a PIL image or an array of bytes, got {type(raw).__name__}")
         picture = raw.convert("RGB" if len(self.mean) == 3 else "L")
@@ -331,9 +339,9 @@ class Image(Modality):
         values = (values - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return torch.from_numpy(values.transpose(2, 0, 1).copy()), Layout(self.size)
 
-    def baseline(self, x: Tensor, replacement: str, seeds: Sequence[int]) -> Tensor | None:
+    def baseline(self, x: Tensor, layout: Layout, replacement: str, seed: int) -> Tensor | None:
         # Sigma is a sixteenth of the longer side: 14 pixels of 224, in the range that Fong and Vedaldi use.
-        return _value_baseline(x, replacement, seeds, axes=2, sigma=max(self.size) / 16)
+        return _value_baseline(x, replacement, seed, sigma=max(self.size) / 16)
 
     def occlude(self, x: Tensor, boxes: Tensor, replacement: str, baseline: Tensor | None) -> Tensor:
         mask = box_mask(boxes, self.size)[:, None]
@@ -368,7 +376,10 @@ class Audio(Modality):
         Args:
             raw: (samples,) floats in -1 to 1, at `rate`.
         """
-        wave = np.asarray(raw, dtype=np.float32)
+        try:
+            wave = np.asarray(raw, dtype=np.float32)
+        except (TypeError, ValueError):
+            raise MuroanError(f"a sound must be a row of numbers, got {type(raw).__name__}") from None
         if wave.ndim != 1 or wave.size == 0 or not np.isfinite(wave).all():
             raise MuroanError(f"a sound must be a non-empty row of finite numbers, got shape {wave.shape}")
         wave = wave[: self.length]
@@ -376,9 +387,11 @@ class Audio(Modality):
         padded[: len(wave)] = wave
         return torch.from_numpy(padded), Layout((len(wave),))
 
-    def baseline(self, x: Tensor, replacement: str, seeds: Sequence[int]) -> Tensor | None:
-        # One millisecond: a low-pass at some 160 Hz, which keeps the loudness and loses the speech.
-        return _value_baseline(x, replacement, seeds, axes=1, sigma=self.rate / 1000)
+    def baseline(self, x: Tensor, layout: Layout, replacement: str, seed: int) -> Tensor | None:
+        # Sigma is a millisecond: a low-pass at some 160 Hz, which loses the speech. Padding has no say in the values.
+        sound = x[None, : layout.count]
+        values = _value_baseline(sound, replacement, seed, sigma=self.rate / 1000)
+        return None if values is None else F.pad(values[0], (0, self.length - layout.count))
 
     def occlude(self, x: Tensor, boxes: Tensor, replacement: str, baseline: Tensor | None) -> Tensor:
         mask = box_mask(boxes, self.shape)

@@ -999,8 +999,9 @@ def test_replacements_reach_the_model(replacement):
     else:
         assert not torch.equal(removed, x[0, :, 1:])
         noise_seed = stable_seed(0, "noise", sample.id)
-        own = model.modalities["image"].baseline(sample.inputs["image"][None], replacement, [noise_seed])
-        torch.testing.assert_close(removed, own[0, 0, :, 1:].double(), rtol=1e-6, atol=1e-7)
+        image, layout = sample.inputs["image"], sample.layouts["image"]
+        own = model.modalities["image"].baseline(image, layout, replacement, noise_seed)
+        torch.testing.assert_close(removed, own[0, :, 1:].double(), rtol=1e-6, atol=1e-7)
 
 
 def test_masked_words_keep_their_place():

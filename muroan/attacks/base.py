@@ -98,8 +98,8 @@ class ThreatModel:
         Raises:
             MuroanError: a replacement that a modality cannot take, a `min_side` or budget below 1.
         """
-        replacement = {name: self.replacement.get(name) or m.replacements[0] for name, m in modalities.items()}
-        min_side = {name: self.min_side.get(name) or m.min_side for name, m in modalities.items()}
+        replacement = {n: m.replacements[0] for n, m in modalities.items()} | _given(self.replacement, modalities)
+        min_side = {n: m.min_side for n, m in modalities.items()} | _given(self.min_side, modalities)
         for name, modality in modalities.items():
             modality.check_replacement(name, replacement[name])
             if int(min_side[name]) < 1:
@@ -107,6 +107,10 @@ class ThreatModel:
         if self.max_queries is not None and self.max_queries < 1:
             raise MuroanError(f"threat_model.max_queries must be at least 1 or null, got {self.max_queries}")
         return ThreatModel(replacement, {name: int(side) for name, side in min_side.items()}, self.max_queries)
+
+
+def _given(options: Mapping[str, Any], modalities: Mapping[str, Modality]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name in modalities and value is not None}
 
 
 @dataclass

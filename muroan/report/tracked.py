@@ -28,7 +28,16 @@ def examples_table(records: Sequence[AttackResult], classes: Sequence[str]) -> w
 
     shown = [r for r in records if r.media and r.attacked]
     modalities = list(shown[0].media or {}) if shown else []
-    columns: list[str | int] = ["id", *modalities, "label", "before", "after", "status", "decoupled_fraction", "queries"]
+    columns: list[str | int] = [
+        "id",
+        *modalities,
+        "label",
+        "before",
+        "after",
+        "status",
+        "decoupled_fraction",
+        "queries",
+    ]
     rows = [
         [
             r.id,
