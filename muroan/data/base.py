@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -17,7 +18,7 @@ from muroan.modalities import Modality, Text, WordTokenizer, stable_seed
 SPLITS = ("train", "val", "test")
 
 
-class MultimodalData(pl.LightningDataModule):
+class MultimodalData(pl.LightningDataModule, ABC):
     """Base of every dataset. A subclass defines `name`, `classes`, `load` and `natural_modalities`.
 
     The model's modalities are authoritative, since a pretrained model brings its own tokenizer and image size:
@@ -74,13 +75,13 @@ class MultimodalData(pl.LightningDataModule):
 
     # What a subclass defines
 
+    @abstractmethod
     def load(self, split: str) -> list[Example]:
         """All examples of a split ("train", "val" or "test"), in a stable order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def natural_modalities(self) -> dict[str, Modality]:
         """All modalities, as a model trained from scratch takes them."""
-        raise NotImplementedError
 
     def augment(self, modality: str, raw: Any, rng: np.random.Generator) -> Any:
         """A random variation of a raw input of a training example. The base varies nothing."""
