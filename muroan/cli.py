@@ -104,13 +104,10 @@ def own_overrides(*without: str) -> list[str]:
 
 def quiet_lightning() -> None:
     """Keep Lightning's advertisements and hints at its own internals from burying our lines."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    for pattern in (
-        ".*LeafSpec.*",
-        ".*does not have many workers.*",
-        ".*exists and is not empty.*",
-        ".*sync_dist=True.*",
-    ):
+    import pytorch_lightning  # sets its own levels when imported
+
+    logging.getLogger(pytorch_lightning.__name__).setLevel(logging.WARNING)
+    for pattern in (".*LeafSpec.*", ".*does not have many workers.*", ".*exists and is not empty.*", ".*sync_dist=True.*"):
         warnings.filterwarnings("ignore", pattern)
 
 

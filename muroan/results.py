@@ -243,7 +243,8 @@ class RunFolder:
         )
         if unreadable:
             more["unreadable"] = sorted(unreadable.items())
-        write_json(self.path / "run.json", {**self.run, **more})
+        if more:
+            write_json(self.path / "run.json", {**self.run, **more})
         records = self.records()
         write_records(self.records_file, records)
         for part in self.path.glob("*.part-*.jsonl"):
