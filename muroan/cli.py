@@ -107,7 +107,12 @@ def quiet_lightning() -> None:
     import pytorch_lightning  # sets its own levels when imported
 
     logging.getLogger(pytorch_lightning.__name__).setLevel(logging.WARNING)
-    for pattern in (".*LeafSpec.*", ".*does not have many workers.*", ".*exists and is not empty.*", ".*sync_dist=True.*"):
+    for pattern in (
+        ".*LeafSpec.*",
+        ".*does not have many workers.*",
+        ".*exists and is not empty.*",
+        ".*sync_dist=True.*",
+    ):
         warnings.filterwarnings("ignore", pattern)
 
 
