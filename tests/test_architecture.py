@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import configparser
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,3 +70,9 @@ def test_every_package_is_installed() -> None:
 def test_constraints_pin_what_is_required() -> None:
     pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#"}
     assert pinned >= {"torch", "pytorch-lightning", "hydra-core", "omegaconf", "torchmetrics", "wandb", "transformers"}
+
+
+def test_a_notebook_needs_neither_hydra_nor_lightning() -> None:
+    code = "import sys, muroan; muroan.evaluate; print({'hydra', 'omegaconf', 'pytorch_lightning'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
