@@ -89,11 +89,19 @@ def run_job(function: Callable[[DictConfig], None], command: str, config: DictCo
         function(config)
     finally:
         sys.argv = argv
+        leave_process_group()
         # What Lightning leaves behind would make the next job of the sweep believe that it is a further process.
         for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             if name not in environment:
                 os.environ.pop(name, None)
         close_trackers()
+
+
+def leave_process_group() -> None:
+    """Lightning does not leave the group of its processes; the next job of a sweep would wait in it for ever."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def own_overrides(*without: str) -> list[str]:

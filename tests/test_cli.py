@@ -141,17 +141,19 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_records(trained: Path, undi
 
 
 def test_two_processes_write_the_records_of_one(trained: Path, undisturbed: Path, tmp_path: Path) -> None:
-    logged = f"tracker.save_dir={tmp_path / 'run'}"
-    attack(trained, tmp_path / "run", "device=ddp_cpu", "tracker=csv", logged)
-    one, two = by_id(undisturbed / "records.jsonl"), by_id(tmp_path / "run/records.jsonl")
-    assert two == one
-    assert json.loads((tmp_path / "run/summary.json").read_text()) == json.loads(
-        (undisturbed / "summary.json").read_text()
-    )
-    # What Lightning logged is summed over both processes.
-    header, row = (tmp_path / "run/csv/metrics.csv").read_text().split()[:2]
-    logged_metrics = dict(zip(header.split(","), row.split(","), strict=True))
+    # As the second job of a sweep, which must not inherit the first one's processes.
+    folders = f"folders.attack='{tmp_path}/${{attack.draws}}'"
+    options = [o for o in ATTACK if "draws" not in o and "device" not in o]
+    sweep = ("attack.draws=2,30", "device=ddp_cpu", folders, f"folders.train={trained}")
+    muroan("attack", "-m", *options, *sweep, cwd=tmp_path)
+    assert len(by_id(tmp_path / "2/records.jsonl")) == 40
+    run = tmp_path / "30"
+    assert by_id(run / "records.jsonl") == by_id(undisturbed / "records.jsonl")
     summary = json.loads((undisturbed / "summary.json").read_text())
+    assert json.loads((run / "summary.json").read_text()) == summary
+    # What Lightning logged is summed over both processes.
+    header, row = (run / "csv/metrics.csv").read_text().split()[:2]
+    logged_metrics = dict(zip(header.split(","), row.split(","), strict=True))
     for name in ("attack_success_rate", "robust_accuracy", "decoupled_fraction_median", "queries"):
         assert float(logged_metrics[f"attack/{name}"]) == pytest.approx(summary[name]["value"], rel=1e-5)
 
