@@ -58,15 +58,16 @@ class AttackCallback(pl.Callback):
                 f"AttackCallback needs a LightningModule with a MultimodalModel as `model`, "
                 f"{type(pl_module).__name__}.model is {type(model).__name__}"
             )
+        precision = {"bf16-mixed": "bf16", "16-mixed": "16"}.get(str(trainer.precision), "32")
+        self.engine = QueryEngine(
+            model, self.attack, self.threat_model, self.batch_size, precision, self.seed, self.keep_media
+        )
+        # The folder is claimed when all options are known to be good.
         self._folder = RunFolder(self.path, trainer.global_rank)
         if trainer.is_global_zero:
             self._folder.start(self.run)
         trainer.strategy.barrier("attack folder is ready")
         self._done = {r.id: r for r in self._folder.records() if r.attack == self.attack.name}
-        precision = {"bf16-mixed": "bf16", "16-mixed": "16"}.get(str(trainer.precision), "32")
-        self.engine = QueryEngine(
-            model, self.attack, self.threat_model, self.batch_size, precision, self.seed, self.keep_media
-        )
         self.metrics: dict[str, Metric] = {
             "clean_accuracy": CleanAccuracy(),
             "robust_accuracy": RobustAccuracy(),

@@ -43,6 +43,8 @@ Every command takes Hydra overrides, and -m to sweep over several values of them
   muroan attack --cfg job                                 print the whole configuration and stop
 """
 
+INTERRUPTED = "interrupted; the same command goes on from here"
+
 # Options that do not change what a record says: they are no part of a run's identity.
 LOADING = ("num_workers", "batch_size", "test_batch_size", "root", "skip_bad", "obtain")
 
@@ -70,13 +72,20 @@ def main() -> None:
 
     try:
         hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(job)()
-    except (MuroanError, HydraException, OmegaConfBaseException) as error:
-        if trace:
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning turns the one into the other
+            sys.exit(f"muroan {command}: {INTERRUPTED}")
+        raise
+    except Exception as error:
+        told = (MuroanError, HydraException, OmegaConfBaseException)
+        if trace or not (isinstance(error, told) or type(error).__name__ == "MisconfigurationException"):
             raise
-        message = str(error).split("Config search path:")[0].strip()  # the rest is of use to Hydra's authors
+        # What a constructor refuses comes wrapped by Hydra.
+        cause = error.__cause__ if isinstance(error.__cause__, MuroanError) else error
+        message = str(cause).split("Config search path:")[0].strip()  # the rest is of use to Hydra's authors
         sys.exit(f"muroan {command}: {message}")
     except KeyboardInterrupt:
-        sys.exit(f"muroan {command}: interrupted; the same command goes on from here")
+        sys.exit(f"muroan {command}: {INTERRUPTED}")
 
 
 def run_job(function: Callable[[DictConfig], None], command: str, config: DictConfig) -> None:
@@ -230,6 +239,8 @@ def train(config: DictConfig) -> None:
     if (out / "summary.json").exists() and not config.rerun:
         log.info("already trained: %s (rerun=true trains again)", out / "best.ckpt")
         return
+    if config.training.epochs < 1:
+        raise MuroanError(f"training.epochs must be at least 1, got {config.training.epochs}")
     data, model = build(config)
     options = {key: value for key, value in config.training.items() if key not in ("epochs", "clip")}
     module = MultimodalModule(model, **options)

@@ -87,6 +87,39 @@ def test_a_checkpoint_of_another_model_is_refused(trained: Path, tmp_path: Path)
     assert "is not a checkpoint of `muroan train`" in one_line(broken)
 
 
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("attack.draws=0", "attack.draws and attack.max_parts must be at least 1, got 0 and 3"),
+        ("dataset.test_limit=0", "dataset.test_limit must be a positive number, got 0"),
+        ("threat_model.max_queries=-1", "threat_model.max_queries must be at least 1 or null, got -1"),
+        ("device.devices=0", "devices=0"),
+    ],
+)
+def test_a_bad_option_is_one_line_and_leaves_no_run_behind(option: str, expected: str, trained: Path, tmp_path: Path):
+    message = one_line(attack(trained, tmp_path / "run", option, check=False))
+    assert expected in message
+    assert "MuroanError(" not in message
+    assert not (tmp_path / "run/run.json").exists()
+
+
+def test_an_interrupted_run_says_that_it_goes_on(trained: Path, tmp_path: Path) -> None:
+    options = [*ATTACK, f"folders.train={trained}", f"out={tmp_path / 'run'}", "tracker=none", "dataset.test_limit=400"]
+    command = [sys.executable, "-m", "muroan.cli", "attack", *options]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=-1, stderr=-1, text=True)
+    wait_for_lines(tmp_path / "run/records.part-0.jsonl", 5)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors.rstrip().endswith("muroan attack: interrupted; the same command goes on from here")
+
+
+def wait_for_lines(path: Path, count: int) -> None:
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and not (path.exists() and path.read_bytes().count(b"\n") >= count):
+        time.sleep(0.005)
+
+
 def test_records_and_summary_of_a_run(undisturbed: Path) -> None:
     records = by_id(undisturbed / "records.jsonl")
     assert len(records) == 40
@@ -124,9 +157,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_records(trained: Path, undi
     command = [sys.executable, "-m", "muroan.cli", "attack", *options, "engine.batch_size=8"]
     process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=-1, stderr=-1)
     part = out / "records.part-0.jsonl"
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and not (part.exists() and part.read_bytes().count(b"\n") >= 5):
-        time.sleep(0.005)
+    wait_for_lines(part, 5)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     written = part.read_bytes().count(b"\n")

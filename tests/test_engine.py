@@ -795,7 +795,7 @@ def test_a_random_model_is_refused():
 
 
 def test_options_are_checked():
-    with pytest.raises(MuroanError, match="batch_size must be at least 1, got 0"):
+    with pytest.raises(MuroanError, match=r"engine\.batch_size must be at least 1, got 0"):
         QueryEngine(never(), RandomRemoval(), batch_size=0)
     with pytest.raises(MuroanError, match="precision must be one of 32, bf16, 16, got 'half'"):
         QueryEngine(never(), RandomRemoval(), precision="half")

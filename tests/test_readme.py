@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, muroan
+from conftest import ROOT, environment, muroan
 
 from muroan.results import read_records
 
@@ -40,3 +42,15 @@ def test_your_own_model_dataset_and_attack(tmp_path: Path) -> None:
     records = read_records(file)
     assert len(records) == 100
     assert any(r.attacked and r.queries == len(r.regions) for r in records)
+
+
+@pytest.mark.xdist_group("cli")
+def test_from_python(trained: Path, tmp_path: Path) -> None:
+    (snippet,) = re.findall(r"```python\n(from pathlib.*?)```", README, re.DOTALL)
+    (tmp_path / "outputs/demo").mkdir(parents=True)
+    (tmp_path / "outputs/demo/model").symlink_to(trained)
+    done = subprocess.run(
+        [sys.executable, "-c", snippet], cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 20

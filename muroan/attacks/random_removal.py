@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from muroan.attacks.base import Ask, Attack, AttackedSample, Search
+from muroan.errors import MuroanError
 
 
 class RandomRemoval(Attack):
@@ -14,6 +15,8 @@ class RandomRemoval(Attack):
     """
 
     def __init__(self, draws: int = 20, max_parts: int = 3):
+        if draws < 1 or max_parts < 1:
+            raise MuroanError(f"attack.draws and attack.max_parts must be at least 1, got {draws} and {max_parts}")
         self.draws, self.max_parts = draws, max_parts
 
     def search(self, sample: AttackedSample) -> Search:
