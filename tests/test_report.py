@@ -319,6 +319,17 @@ class TestRuns:
         assert "m got no sample of d right" in text
         assert json.loads((tmp_path / "out" / "summary.json").read_text())["runs"][0]["metrics"] == {}
 
+    def test_runs_of_one_name_are_told_apart_by_what_differs(self, tmp_path, no_curves):
+        for i, replacement in enumerate(("zero", "blur")):
+            identity = {"seed": 0, "threat_model": {"replacement": {"image": replacement}}, "weights": str(i)}
+            write_run(tmp_path / f"r{i}", "x", "m", "d", attack_records("x", pictured(0, 4), 0), identity=identity)
+        write_run(tmp_path / "stopped", "x", "m", "d", [], finish=False)  # refused before its first record
+        build([tmp_path], tmp_path / "out")
+        table = (tmp_path / "out" / "table.md").read_text()
+        assert "x · m (threat_model.replacement.image=zero)" in table
+        assert "x · m (threat_model.replacement.image=blur)" in table
+        assert "stopped" not in table
+
     def test_folder_without_runs(self, tmp_path):
         (tmp_path / "empty").mkdir()
         for folder in ("empty", "missing"):

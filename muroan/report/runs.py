@@ -105,6 +105,8 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
         raise MuroanError("a report needs at least one run folder, got none")
     common = Path(os.path.commonpath(found))
     runs = [_read(path, str(path.relative_to(common)) if path != common else path.name) for path in sorted(found)]
+    # A run that was stopped before its first record has nothing to say.
+    runs = [run for run in runs if run.records or run.finished] or runs
     runs.sort(key=lambda run: (run.target, run.is_control, run.attack, run.folder))
     return _label(runs)
 
@@ -119,14 +121,36 @@ def _read(path: Path, name: str) -> Run:
 
 
 def _label(runs: Sequence[Run]) -> list[Run]:
-    """Name what each run attacked by the model, and by dataset and folder where that is not enough."""
+    """Name what each run attacked by the model, and by dataset, settings and folder where that is not enough."""
     several = len({run.dataset for run in runs}) > 1
     for name in ("{0.model}", "{0.model} · {0.dataset}")[: 1 + several]:
         runs = [replace(run, where=name.format(run)) for run in runs]
         often = Counter(run.label for run in runs)
         if max(often.values()) == 1:
             return list(runs)
-    return [replace(run, where=f"{run.where} ({run.folder})") if often[run.label] > 1 else run for run in runs]
+    named = [
+        replace(run, where=f"{run.where} ({_settings(run, runs)})") if often[run.label] > 1 else run for run in runs
+    ]
+    often = Counter(run.label for run in named)
+    return [
+        replace(run, where=f"{old.where} ({run.folder})") if often[run.label] > 1 else run
+        for run, old in zip(named, runs, strict=True)
+    ]
+
+
+def _settings(run: Run, runs: Sequence[Run]) -> str:
+    """The settings in which a run differs from the others of its label; its folder when there are too many to read."""
+    own = _flat(run.about.get("identity"))
+    others = [_flat(r.about.get("identity")) for r in runs if r.label == run.label]
+    differing = [k for k in own if k != "weights" and any(other.get(k) != own[k] for other in others)]
+    return ", ".join(f"{k}={own[k]}" for k in differing) if 0 < len(differing) <= 4 else run.folder
+
+
+def _flat(settings: Any, at: str = "") -> dict[str, Any]:
+    if not isinstance(settings, dict):
+        return {at: settings}
+    parts = (_flat(value, f"{at}.{key}" if at else key) for key, value in settings.items())
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def by_target(runs: Sequence[Run]) -> list[list[Run]]:
