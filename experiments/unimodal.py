@@ -30,7 +30,7 @@ def main() -> None:
     for file in out.glob("*/summary.json"):
         summary = json.loads(file.read_text())
         used = summary["identity"]["dataset"]["use"]
-        what = " + ".join(modalities) if used is None else " + ".join(used)
+        what = "all" if used is None else " + ".join(used)
         found[file.parent.name.rsplit("-", 1)[0], what] = summary["accuracy"]["val"], summary["accuracy"]["test"]
     print("\n| dataset, model | modalities | validation accuracy, % | test accuracy, % |\n|---|---|---:|---:|")
     for (trained, what), (val, test) in sorted(found.items(), key=lambda item: (item[0][0], item[1][1])):
