@@ -1,6 +1,6 @@
 """The command line, `muroan train | attack | report`, with Hydra behind it. Nothing else imports Hydra.
 
-What takes seconds to import (torch, Lightning) is imported by the commands themselves: help and refusals come at once.
+What takes seconds to import (torch, Lightning) is imported by the commands: help and unknown choices come at once.
 """
 
 from __future__ import annotations
