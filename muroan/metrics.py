@@ -74,6 +74,7 @@ def columns(results: Sequence[AttackResult]) -> dict[str, tuple[np.ndarray, str]
         ),
         "queries": (column(lambda r: r.queries, attacked), "mean"),
         "forwards": (column(lambda r: r.forwards, attacked), "mean"),
+        "backwards": (column(lambda r: r.backwards, attacked), "mean"),
         "cache_hits": (column(lambda r: r.cache_hits, attacked), "mean"),
     }
     for name in modalities:

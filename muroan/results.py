@@ -14,15 +14,20 @@ from muroan.errors import MuroanError
 from muroan.modalities import Region, Removal
 
 Status = Literal["flipped", "held", "budget_exhausted", "skipped"]
+Kind = Literal["removal", "perturbation", "corruption"]
 
 
 @dataclass(slots=True)
 class Count:
-    """What was spent in one phase: distinct questions, model forwards, and repeated questions answered for free."""
+    """What was spent in one phase: distinct questions, model passes, and repeated questions answered for free.
+
+    A backward pass is a query like a forward one: a budget limits both.
+    """
 
     queries: int = 0
     forwards: int = 0
     cache_hits: int = 0
+    backwards: int = 0
 
 
 @dataclass(slots=True)
@@ -40,6 +45,14 @@ class AttackResult:
         one_minimal: whether putting any one part back restores the label; None when not audited.
         interaction: whether a removal across modalities flips while none of its one-modality parts does;
             None when the removal lies in one modality.
+        kind: `removal`; `perturbation` (the attack chose new values, which is strictly stronger: `removed` then holds
+            the changed elements); `corruption` (noise that nobody chose).
+        distance: of a perturbation, a modality: `l2` and `linf` in units of the model's input.
+        proven: the attack asked every removal in its universe that is smaller, so that none flips; None when it
+            makes no such claim.
+        still_valid: whether the label is still right after the removal, says the dataset; None when it cannot tell.
+        trajectory: (queries, decoupled fraction in percent) at every flip seen that was smaller than those before:
+            what a budget of fewer queries would have had in hand.
         info: what this attack adds of its own.
         media: what a report needs to draw the sample, a modality; only for the first samples.
     """
@@ -57,6 +70,11 @@ class AttackResult:
     ledger: dict[str, Count] = field(default_factory=dict)
     one_minimal: bool | None = None
     interaction: bool | None = None
+    kind: Kind = "removal"
+    distance: dict[str, dict[str, float]] = field(default_factory=dict)
+    proven: bool | None = None
+    still_valid: bool | None = None
+    trajectory: list[tuple[int, float]] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
     media: dict[str, Any] | None = None
 
@@ -92,6 +110,11 @@ class AttackResult:
         return sum(c.forwards for c in self.ledger.values())
 
     @property
+    def backwards(self) -> int:
+        """Backward passes run for this sample."""
+        return sum(c.backwards for c in self.ledger.values())
+
+    @property
     def cache_hits(self) -> int:
         return sum(c.cache_hits for c in self.ledger.values())
 
@@ -104,6 +127,7 @@ class AttackResult:
         fields = {key: value for key, value in json.loads(line).items() if key in cls.__dataclass_fields__}
         fields["ledger"] = {phase: Count(**count) for phase, count in fields["ledger"].items()}
         fields["regions"] = [(name, tuple(start), tuple(stop)) for name, start, stop in fields["regions"]]
+        fields["trajectory"] = [(queries, fraction) for queries, fraction in fields.get("trajectory", [])]
         return cls(**fields)
 
 
