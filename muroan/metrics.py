@@ -81,12 +81,17 @@ def columns(results: Sequence[AttackResult]) -> dict[str, tuple[np.ndarray, str]
         part = column(lambda r, name=name: r.modality_fraction(name), flipped)
         table[f"decoupled_fraction_{name}_mean"] = (part, "mean")
         table[f"decoupled_fraction_{name}_median"] = (part, "median")
-        alone = column(lambda r, name=name: r.removal.modalities == (name,), flipped)
+        alone = column(lambda r, name=name: [n for n, count in r.removed.items() if count] == [name], flipped)
         table[f"modality_share_{name}"] = (100 * alone, "mean")
-    table["modality_share_joint"] = (100 * column(lambda r: len(r.removal.modalities) > 1, flipped), "mean")
+    joint = column(lambda r: sum(count > 0 for count in r.removed.values()) > 1, flipped)
+    table["modality_share_joint"] = (100 * joint, "mean")
     table["interaction"] = (100 * column(lambda r: r.interaction is True, flipped), "mean")
     audited = column(lambda r: r.one_minimal is True, lambda r: r.flipped and r.one_minimal is not None)
     table["one_minimal"] = (100 * audited, "mean")
+    table["proven"] = (100 * column(lambda r: r.proven, lambda r: r.flipped and r.proven is not None), "mean")
+    judged = any(r.still_valid is not None for r in results)
+    valid = column(lambda r: r.flipped and r.still_valid is True, lambda r: r.attacked and judged)
+    table["valid_success_rate"] = (100 * valid, "mean")
     return table
 
 

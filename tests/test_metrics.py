@@ -26,7 +26,7 @@ TOTAL = {"image": 96, "text": 4}
 IMAGE, WORD = ("image", (0, 0), (2, 3)), ("text", (1,), (2,))
 
 
-def flip(i, image=0, text=0, minimal=None, interaction=None, spent=(0, 0, 0)) -> AttackResult:
+def flip(i, image=0, text=0, minimal=None, interaction=None, spent=(0, 0, 0), **more) -> AttackResult:
     regions = [IMAGE] * (image > 0) + [WORD] * (text > 0)
     removed = {name: n for name, n in (("image", image), ("text", text)) if n}
     ledger = {"clean": Count(0, 1, 0), "search": Count(*spent)}
@@ -44,6 +44,7 @@ def flip(i, image=0, text=0, minimal=None, interaction=None, spent=(0, 0, 0)) ->
         ledger,
         one_minimal=minimal,
         interaction=interaction,
+        **more,
     )
 
 
@@ -55,8 +56,8 @@ def other(i, status, spent=(0, 0, 0)) -> AttackResult:
 
 # Eight samples, six attacked, four flipped by removing 1, 2, 6 and 48 of 100 elements.
 RESULTS = [
-    flip(0, text=1, minimal=True, spent=(4, 3, 1)),
-    flip(1, image=2, minimal=False, spent=(6, 5, 0)),
+    flip(0, text=1, minimal=True, spent=(4, 3, 1), proven=True, still_valid=False),
+    flip(1, image=2, minimal=False, spent=(6, 5, 0, 3), proven=False, still_valid=True),
     flip(2, image=4, text=2, minimal=True, interaction=True, spent=(20, 16, 5)),
     flip(3, image=45, text=3, interaction=False, spent=(30, 30, 0)),
     other(4, "held", spent=(40, 38, 2)),
@@ -74,6 +75,7 @@ BY_HAND = {
     "curve_area": 100 * (0.9 + 0.8 + 0.4 + 0 + 0 + 0) / 6,
     "queries": (4 + 6 + 20 + 30 + 40 + 80) / 6,
     "forwards": (3 + 5 + 16 + 30 + 38 + 74) / 6 + 1,
+    "backwards": 3 / 6,
     "cache_hits": (1 + 0 + 5 + 0 + 2 + 10) / 6,
     "decoupled_fraction_image_mean": 100 * (0 + 2 + 4 + 45) / 96 / 4,
     "decoupled_fraction_image_median": 100 * 3 / 96,
@@ -84,6 +86,8 @@ BY_HAND = {
     "modality_share_joint": 50.0,
     "interaction": 25.0,
     "one_minimal": 100 * 2 / 3,  # the fourth flip was not audited
+    "proven": 50.0,
+    "valid_success_rate": 100 * 1 / 6,
 }
 
 
@@ -111,8 +115,8 @@ class TestNothingToMeasure:
         assert summary["robust_accuracy"]["value"] == summary["clean_accuracy"]["value"] == 100
         assert summary["curve_area"]["value"] == 0
         assert summary["queries"]["value"] == 8
-        of_flipped = [n for n in summary if n.startswith(("decoupled", "modality", "interaction", "one_minimal"))]
-        assert len(of_flipped) == 11
+        of_flipped = [n for n in summary if n.startswith(("decoupled", "modality", "interaction", "one_minimal", "proven"))]
+        assert len(of_flipped) == 12
         for name in of_flipped:
             assert summary[name] == {"value": None, "low": None, "high": None}, name
 
