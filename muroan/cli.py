@@ -1,4 +1,4 @@
-"""The command line, `muroan train | attack | report`, with Hydra behind it. Nothing else imports Hydra.
+"""The command line, `muroan train | attack | report | compare`, with Hydra behind it. Nothing else imports Hydra.
 
 What takes seconds to import (torch, Lightning) is imported by the commands: help and unknown choices come at once.
 """
@@ -34,6 +34,7 @@ MUROAN, the MUltimodal RObustness ANalyzer: how few image regions, words or soun
   muroan train   model=mmbt dataset=easy_vqa              train a target model
   muroan attack  model=mmbt dataset=easy_vqa              attack it (attack=decoupling_reference)
   muroan report  runs=[outputs/attack]                    tables, plots and an HTML page of all attack runs
+  muroan compare runs=[outputs/attack]                    attacks side by side, tested in pairs; Markdown, LaTeX, CSV
 
 Every command takes Hydra overrides, and -m to sweep over several values of them:
 
@@ -51,7 +52,12 @@ LOADING = ("num_workers", "batch_size", "test_batch_size", "root", "skip_bad", "
 
 def main() -> None:
     """Entry point of the `muroan` command."""
-    commands: dict[str, Callable[[DictConfig], None]] = {"train": train, "attack": attack, "report": report}
+    commands: dict[str, Callable[[DictConfig], None]] = {
+        "train": train,
+        "attack": attack,
+        "report": report,
+        "compare": compare,
+    }
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP + choices())
@@ -161,7 +167,7 @@ def identity(config: DictConfig, command: str, resolve: bool = True) -> dict[str
     own = ("training",) if command == "train" else ("attack", "threat_model")
     keys = ("model", "dataset", "seed", *own)
     chosen = {key: plain(config[key], resolve) for key in keys}
-    split = ("test_limit",) if command == "train" else ("train_limit", "val_limit")
+    split = ("test_limit", "visible") if command == "train" else ("train_limit", "val_limit")
     chosen["dataset"] = {k: v for k, v in chosen["dataset"].items() if k not in (*LOADING, *split)}
     if command == "train":
         chosen["batch_size"] = config.dataset.batch_size
@@ -383,6 +389,15 @@ def report(config: DictConfig) -> None:
 
     page = build_report([Path(run) for run in config.runs], Path(config.out))
     log.info("report: %s", page)
+
+
+def compare(config: DictConfig) -> None:
+    """Put finished runs side by side, from their records alone, and show the tables."""
+    from muroan.report.compare import write
+
+    page = write([Path(run) for run in config.runs], Path(config.out))
+    log.info("%s", page.read_text(encoding="utf-8"))
+    log.info("comparison: %s", page)
 
 
 if __name__ == "__main__":

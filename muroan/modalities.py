@@ -128,6 +128,21 @@ def removed_elements(removal: Removal, layouts: Mapping[str, Layout]) -> dict[st
     return removed
 
 
+def element_mask(removed: ElementSet, grid: tuple[int, ...]) -> np.ndarray:
+    """A bit set as a mask over its row-major element grid.
+
+    Returns:
+        (*grid) bool, True where the element is in the set.
+
+    >>> element_mask(0b100011, (2, 3)).astype(int)
+    array([[1, 1, 0],
+           [0, 0, 1]])
+    """
+    count = math.prod(grid)
+    packed = np.frombuffer(removed.to_bytes(-(-count // 8), "little"), np.uint8)
+    return np.unpackbits(packed, count=count, bitorder="little").astype(bool).reshape(grid)
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """Where the elements of one input lie in its tensor.

@@ -11,9 +11,9 @@ import numpy as np
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader, Sampler
 
-from muroan.data.samples import Batch, Example, PreparedDataset
+from muroan.data.samples import Batch, Example, PreparedDataset, Sample
 from muroan.errors import MuroanError
-from muroan.modalities import Modality, Text, WordTokenizer, stable_seed
+from muroan.modalities import Modality, Removal, Text, WordTokenizer, stable_seed
 
 SPLITS = ("train", "val", "test")
 
@@ -86,6 +86,20 @@ class MultimodalData(pl.LightningDataModule, ABC):
     def augment(self, modality: str, raw: Any, rng: np.random.Generator) -> Any:
         """A random variation of a raw input of a training example. The base varies nothing."""
         return raw
+
+    def still_valid(self, sample: Sample, removal: Removal) -> bool | None:
+        """Whether the label is still right for what the removal leaves, for a reader who knows what was removed.
+
+        A flip is the model's fault only then; otherwise the evidence itself is gone. What stands in for removed
+        elements does not matter. Where it is in doubt the answer is False.
+
+        Returns:
+            None when the dataset cannot tell, as here in the base.
+
+        Raises:
+            MuroanError: the removal does not lie inside the sample.
+        """
+        return None
 
     augmented = False  # a subclass that overrides `augment` sets this to True when it is wanted
 
@@ -206,6 +220,17 @@ class GroupShuffle(Sampler[int]):
         order = [i for g in rng.permutation(len(self._groups)) for i in self._groups[g]]
         start = self.rank * self._length
         return iter([order[i % self._total] for i in range(start, start + self._length)])
+
+
+def check_visible(visible: float) -> float:
+    """The option `visible` of a dataset that can tell whether a label is still right.
+
+    Raises:
+        MuroanError: it does not lie in (0, 1].
+    """
+    if not 0 < visible <= 1:
+        raise MuroanError(f"dataset.visible is a share above 0 and at most 1, got {visible}")
+    return visible
 
 
 def scratch_text(texts: Sequence[str], max_length: int | None = None, truncate: bool = False) -> Text:

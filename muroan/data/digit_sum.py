@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image as PILImage
+from torch import Tensor
 
-from muroan.data.base import SPLITS, MultimodalData
-from muroan.data.samples import Example
+from muroan.data.base import SPLITS, MultimodalData, check_visible
+from muroan.data.samples import Example, Sample
 from muroan.errors import MuroanError
-from muroan.modalities import Audio, Image, Modality, stable_seed
+from muroan.modalities import Audio, Image, Modality, Removal, element_mask, removed_elements, stable_seed
 
 RATE = 8000
 SIDE = 32
@@ -38,6 +40,7 @@ class DigitSum(MultimodalData):
         test_size: int = 2000,
         audio_length: int = 6400,
         augment: bool = True,
+        visible: float = 0.5,
         **options: Any,
     ):
         """
@@ -48,17 +51,20 @@ class DigitSum(MultimodalData):
             train_size, val_size, test_size: pairs in each split.
             audio_length: samples at 8 kHz that a model takes; the end of longer recordings is cut off.
             augment: vary the training recordings at random: onset, speed, loudness and noise.
+            visible: shares of the picture's ink and of the sound's energy that must both be left for the label to be
+                still right, above 0, at most 1.
             options: those of `MultimodalData`.
 
         Raises:
-            MuroanError: an unknown `split_by`; when examples are loaded, `root` does not hold the recordings.
+            MuroanError: an unknown `split_by`, or `visible` is no such share; when examples are loaded, `root` does not
+                hold the recordings.
         """
         super().__init__(**options)
         if split_by not in ("recording", "speaker"):
             raise MuroanError(f"dataset.split_by must be recording or speaker, got {split_by!r}")
         self.root, self.split_by, self.augmented = Path(root), split_by, augment
         self.sizes = {"train": train_size, "val": val_size, "test": test_size}
-        self.audio_length = audio_length
+        self.audio_length, self.visible = audio_length, check_visible(visible)
         self.classes = [str(total) for total in range(19)]
 
     def natural_modalities(self) -> dict[str, Modality]:
@@ -116,6 +122,46 @@ class DigitSum(MultimodalData):
             wave = wave[rng.integers(1 + len(wave) // 10) :]
         noise = wave.std() * 10 ** rng.uniform(-2.5, -1) * rng.standard_normal(len(wave))
         return (10 ** rng.uniform(-0.4, 0.4) * (wave + noise)).clip(-1, 1).astype(np.float32)
+
+    def still_valid(self, sample: Sample, removal: Removal) -> bool | None:
+        """Whether enough of both digits is left: the share `visible` of the ink, and of the sound's energy.
+
+        Ink is what a pixel is brighter than the darkest one, energy the square of a sample. None where picture or
+        sound is not in use, blank or silent.
+
+        Raises:
+            MuroanError: the removal does not lie inside the sample.
+        """
+        if not {"image", "audio"} <= sample.layouts.keys():
+            return None
+        removed = removed_elements(removal, sample.layouts)
+        enough = True
+        for name, weigh in (("image", ink), ("audio", energy)):
+            grid = sample.layouts[name].grid
+            weights, total = weigh(sample.inputs[name], grid)
+            if total == 0:
+                return None
+            gone = weights @ element_mask(removed[name], grid).ravel() if name in removed else 0
+            enough = enough and bool(total - gone >= self.visible * total)
+        return enough
+
+
+# A search asks about the same few tensors again and again; a tensor is its own key, whatever its values are.
+
+
+@lru_cache(maxsize=1024)
+def ink(image: Tensor, grid: tuple[int, ...]) -> tuple[np.ndarray, float]:
+    """How much brighter each pixel of a (C, H, W) image is than the darkest, (H * W,), and the sum."""
+    grey = image.detach().double().cpu().mean(0).numpy().ravel()
+    weights = grey - grey.min()
+    return weights, float(weights.sum())
+
+
+@lru_cache(maxsize=1024)
+def energy(wave: Tensor, grid: tuple[int, ...]) -> tuple[np.ndarray, float]:
+    """The square of each sample that a sound really has, (samples,), and the sum."""
+    weights = wave[: grid[0]].detach().double().cpu().numpy() ** 2
+    return weights, float(weights.sum())
 
 
 def upscaled(digit: np.ndarray) -> np.ndarray:

@@ -83,9 +83,10 @@ def render(runs: Sequence[Run], comparisons: Sequence[Comparison], curve: bytes)
         attacks=list(dict.fromkeys(run.attack for run in runs)),
         colour={run.label: plots.colour(place) for place, run in enumerate(runs)},
         palettes=plots.COLOURS,
-        main=tables.MAIN,
+        main=tables.present(tables.MAIN, runs),
         by_modality=tables.by_modality(runs),
-        search=tables.SEARCH,
+        search=tables.present(tables.SEARCH, runs),
+        kinds=tables.KINDS,
         cell=tables.cell,
         interval=interval,
         definitions=tables.DEFINITIONS,
@@ -111,16 +112,26 @@ def mean_ledger(run: Run) -> dict[str, Count]:
     def mean(phase: str, what: str) -> Any:
         return sum(getattr(ledger.get(phase, Count()), what) for ledger in spent) / len(spent)
 
-    return {p: Count(mean(p, "queries"), mean(p, "forwards"), mean(p, "cache_hits")) for p in phases}
+    fields = ("queries", "forwards", "cache_hits", "backwards")
+    return {phase: Count(*(mean(phase, field) for field in fields)) for phase in phases}
 
 
 def _strongest(group: Sequence[Run]) -> Run:
-    """The guided attack that flips most; a random control only where there is nothing else."""
-    return max(group, key=lambda run: (not run.is_control, run.value("attack_success_rate") or 0.0))
+    """The guided removal attack that flips most; another kind or a random control where there is nothing else."""
+
+    def rank(run: Run) -> tuple[bool, bool, float]:
+        guided = not run.is_control
+        return guided and run.kind == "removal", guided, run.value("attack_success_rate") or 0.0
+
+    return max(group, key=rank)
 
 
 def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _doing(run: Run) -> str:
+    return "removing" if run.kind == "removal" else "changing"
 
 
 def finding(group: Sequence[Run]) -> str:
@@ -132,14 +143,14 @@ def finding(group: Sequence[Run]) -> str:
     if not lead.statuses["flipped"]:
         said = f"{lead.attack} flips none of the samples that {lead.model} gets right on {lead.dataset}"
     else:
-        by = f" by removing {figure(size, 'fraction')} % of the input (median)" if size else ""
+        by = f" by {_doing(lead)} {figure(size, 'fraction')} % of the input (median)" if size else ""
         whose = f"the samples that {lead.model} gets right on {lead.dataset}"
         said = f"{lead.attack} flips {figure(rate, 'rate')} % of {whose}{by}"
     others = []
     for run in group:
         rate, size = run.value("attack_success_rate"), run.value("decoupled_fraction_median")
         if run is not lead and rate is not None:
-            by = f" by removing {figure(size, 'fraction')} %" if size else ""
+            by = f" by {_doing(run)} {figure(size, 'fraction')} %" if size else ""
             others.append(f"{run.attack} flips {figure(rate, 'rate')} %{by}")
     return f"{'; '.join([said, *others])}."
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -14,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 
 from muroan.metrics import success_curve
 from muroan.modalities import stable_seed
-from muroan.report.runs import Run
+from muroan.report.runs import Run, flip_queries, flip_sizes
 
 # After Okabe and Ito, who chose colours that people with any colour vision tell apart; the second row is for
 # dark paper. The yellow is left out: it cannot be read on white.
@@ -34,21 +36,41 @@ def colour(place: int) -> int:
     return place % len(COLOURS[0])
 
 
-def success_band(run: Run, grid: np.ndarray, resamples: int = 400) -> tuple[np.ndarray, np.ndarray]:
-    """The 95 % bootstrap band of the success curve.
+def success_at(seeds: Sequence[np.ndarray], budgets: np.ndarray) -> np.ndarray:
+    """Success rate within each of some budgets, the mean over seeds.
 
     Args:
-        grid: (G,) decoupled fractions, in percent.
+        seeds: for each seed, (A,) what it took to flip every attacked sample (a decoupled fraction, or queries),
+            infinite for one that was not flipped.
+        budgets: (G,) in the same unit.
+
+    Returns:
+        (G,) percent of attacked samples.
+
+    >>> success_at([np.array([1, 4, np.inf, np.inf])], np.array([0.5, 1, 10]))
+    array([ 0., 25., 50.])
+    """
+    parts = [100 * np.searchsorted(np.sort(took), budgets, side="right") / len(took) for took in seeds]
+    return np.asarray(np.mean(parts, axis=0))
+
+
+def success_band(seeds: Sequence[np.ndarray], grid: np.ndarray, resamples: int = 400) -> tuple[np.ndarray, np.ndarray]:
+    """The 95 % bootstrap band of a success curve; the samples of each seed are resampled on their own.
+
+    Args:
+        seeds: as in `success_at`.
+        grid: (G,) budgets.
 
     Returns:
         low, high: (G,) percent of attacked samples.
     """
-    fractions = np.array([r.decoupled_fraction if r.flipped else np.inf for r in run.records if r.attacked])
-    n = len(fractions)
     rng = np.random.default_rng(stable_seed("curve"))
-    # A resample is how often each sample was drawn: its curve is one product of matrices.
-    times = rng.multinomial(n, np.full(n, 1 / n), resamples)
-    rates = 100 * times @ (fractions[:, None] <= grid) / n
+    rates = np.zeros((resamples, len(grid)))
+    for took in seeds:
+        n = len(took)
+        # A resample is how often each sample was drawn: its curve is one product of matrices.
+        times = rng.multinomial(n, np.full(n, 1 / n), resamples)
+        rates += 100 * times @ (took[:, None] <= grid) / n / len(seeds)
     low, high = np.percentile(rates, [2.5, 97.5], axis=0)
     return low, high
 
@@ -63,7 +85,7 @@ def curve(runs: Sequence[Run], dark: bool = False, width: float = 7.2, height: f
     Returns:
         A PNG; the same bytes for the same records.
     """
-    paper, ink, muted, rule = (pair[dark] for pair in (PAPER, INK, MUTED, RULE))
+    paper, ink, muted = (pair[dark] for pair in (PAPER, INK, MUTED))
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
     picture = Figure(figsize=(width, height), dpi=200, facecolor=paper, layout=layout)
     FigureCanvasAgg(picture)
@@ -84,25 +106,14 @@ def curve(runs: Sequence[Run], dark: bool = False, width: float = 7.2, height: f
         shade = COLOURS[dark][colour(place)]
         dash = DASHES[attacks.index(run.attack) % len(DASHES)]
         axes.step(x, y, where="post", color=shade, linestyle=dash, linewidth=1.9, label=run.label)
-        axes.fill_between(grid, *success_band(run, grid), step="post", color=shade, alpha=0.14, linewidth=0)
+        axes.fill_between(
+            grid, *success_band([flip_sizes(run)], grid), step="post", color=shade, alpha=0.14, linewidth=0
+        )
     if not positive:
         axes.text(0.5, 0.5, "no sample was flipped", transform=axes.transAxes, ha="center", color=muted, fontsize=11)
-    axes.set_xscale("log")
-    axes.set_xlim(left, right)
-    axes.set_ylim(0, 100)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if right / left > 30 else (1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axes.minorticks_off()
-    axes.set_yticks(range(0, 101, 20))
+    _dress(axes, left, right, dark)
     axes.set_xlabel("decoupled fraction, % of the input (log scale)", color=ink, fontsize=10.5, labelpad=8)
     axes.set_ylabel("success rate, % of attacked samples", color=ink, fontsize=10.5, labelpad=8)
-    axes.tick_params(which="both", colors=muted, labelsize=10, length=0)
-    axes.tick_params(axis="x", which="major", length=4, color=rule)
-    axes.grid(axis="y", color=rule, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(rule)
     if axes.get_legend_handles_labels()[1]:
         legend = picture.legend(
             loc="outside upper left",
@@ -114,9 +125,102 @@ def curve(runs: Sequence[Run], dark: bool = False, width: float = 7.2, height: f
         )
         for text in legend.get_texts():
             text.set_parse_math(False)  # a name with $ in it is a name
+    return _png(picture)
+
+
+def _dress(axes: Axes, left: float, right: float, dark: bool) -> None:
+    """Axes of a success rate against something on a logarithmic scale."""
+    muted, rule = MUTED[dark], RULE[dark]
+    axes.set_xscale("log")
+    axes.set_xlim(left, right)
+    axes.set_ylim(0, 101)  # room for the width of a line at 100
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if right / left > 30 else (1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.minorticks_off()
+    axes.set_yticks(range(0, 101, 20))
+    axes.tick_params(which="both", colors=muted, labelsize=10, length=0)
+    axes.tick_params(axis="x", which="major", length=4, color=rule)
+    axes.grid(axis="y", color=rule, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(rule)
+
+
+def _png(picture: Figure) -> bytes:
     buffer = io.BytesIO()
-    picture.savefig(buffer, format="png", facecolor=paper, metadata={"Software": None})
+    picture.savefig(buffer, format="png", facecolor=picture.get_facecolor(), metadata={"Software": None})
     return buffer.getvalue()
+
+
+def budgets(targets: Sequence[tuple[str, Sequence[tuple[str, Sequence[Run]]]]]) -> bytes:
+    """Success rate against decoupled fraction and against queries, side by side, one row of the two a target.
+
+    Args:
+        targets: for each target, its name and its attacks: what an attack is called, and its runs, one a seed.
+            Attacks of one name share a colour.
+
+    Returns:
+        A PNG with bootstrap bands; the same bytes for the same records.
+    """
+    names = list(dict.fromkeys(name for _, attacks in targets for name, _ in attacks))
+    wide = max((len(name) for name in names), default=0) > 44
+    lines = -(-len(names) // (1 if wide else 3))
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
+    picture = Figure(
+        figsize=(10, 3.4 * len(targets) + 0.3 * lines + 0.4), dpi=160, facecolor=PAPER[False], layout=layout
+    )
+    FigureCanvasAgg(picture)
+    grid = picture.subplots(len(targets), 2, sharey=True, squeeze=False)
+    marks: dict[str, Artist] = {}
+    for side, (took, label) in enumerate(
+        ((flip_sizes, "decoupled fraction, % of the input (log scale)"), (flip_queries, "queries (log scale)"))
+    ):
+        curves = [[(name, [took(run) for run in runs]) for name, runs in attacks] for _, attacks in targets]
+        found = np.concatenate([np.zeros(0), *(a for attacks in curves for _, seeds in attacks for a in seeds)])
+        found = found[np.isfinite(found) & (found > 0)]
+        least, most = (found.min(), found.max()) if len(found) else (1.0, 10.0)
+        # The same scale for all targets; a flip for nothing stands at the left edge.
+        left, right = (least / 1.6, min(108.0, 1.6 * most)) if side == 0 else (max(0.8, least / 1.6), 1.6 * most)
+        for (title, _), attacks, axes in zip(targets, curves, grid[:, side], strict=True):
+            for name, seeds in attacks:
+                seeds = [np.maximum(seed, left) for seed in seeds if len(seed)]
+                if seeds:
+                    line = _success(axes, seeds, left, right, names.index(name))
+                    marks.setdefault(name, line)
+            if not any(np.isfinite(seed).any() for _, seeds in attacks for seed in seeds):
+                axes.text(0.5, 0.5, "no sample was flipped", transform=axes.transAxes, ha="center", color=MUTED[False])
+            _dress(axes, left, right, False)
+            axes.tick_params(labelleft=True)
+            if side == 0:
+                axes.set_title(title, loc="left", color=INK[False], fontsize=11, pad=10, parse_math=False)
+                axes.set_ylabel("success rate, % of attacked", color=INK[False], fontsize=10.5, labelpad=8)
+        grid[-1, side].set_xlabel(label, color=INK[False], fontsize=10.5, labelpad=8)
+    if marks:
+        legend = picture.legend(
+            list(marks.values()),
+            list(marks),
+            loc="outside upper left",
+            ncols=1 if wide else 3,
+            frameon=False,
+            labelcolor=INK[False],
+            fontsize=10,
+            handlelength=2.6,
+        )
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+    return _png(picture)
+
+
+def _success(axes: Axes, seeds: Sequence[np.ndarray], left: float, right: float, place: int) -> Artist:
+    """One success curve with its band."""
+    shade, dash = COLOURS[False][colour(place)], DASHES[place % len(DASHES)]
+    x = np.unique(np.concatenate([[left, right], *seeds]))
+    x = x[x <= right]
+    (line,) = axes.step(x, success_at(seeds, x), where="post", color=shade, linestyle=dash, linewidth=1.9)
+    grid = np.geomspace(left, right, 300)
+    axes.fill_between(grid, *success_band(seeds, grid), step="post", color=shade, alpha=0.14, linewidth=0)
+    return line
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 
 from muroan.errors import MuroanError
 from muroan.metrics import bootstrap, curve_score, summarise
-from muroan.results import AttackResult, RunFolder
+from muroan.results import AttackResult, Kind, RunFolder
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,15 @@ class Run:
     def dataset(self) -> str:
         return str(self.about["dataset"])
 
+    @cached_property
+    def kind(self) -> Kind:
+        """What the attack may do; samples that it skipped do not tell."""
+        return next((r.kind for r in self.records if r.kind != "removal"), "removal")
+
     @property
     def is_control(self) -> bool:
         """Whether the attack removes at random: what a guided attack has to beat."""
-        return "random" in self.attack.lower()
+        return self.kind == "removal" and "random" in self.attack.lower()
 
     @property
     def target(self) -> tuple[str, str, str]:
@@ -129,7 +134,10 @@ def _label(runs: Sequence[Run]) -> list[Run]:
         if max(often.values()) == 1:
             return list(runs)
     named = [
-        replace(run, where=f"{run.where} ({_settings(run, runs)})") if often[run.label] > 1 else run for run in runs
+        replace(run, where=f"{run.where} ({_settings(run, [r for r in runs if r.label == run.label])})")
+        if often[run.label] > 1
+        else run
+        for run in runs
     ]
     often = Counter(run.label for run in named)
     return [
@@ -138,12 +146,21 @@ def _label(runs: Sequence[Run]) -> list[Run]:
     ]
 
 
-def _settings(run: Run, runs: Sequence[Run]) -> str:
-    """The settings in which a run differs from the others of its label; its folder when there are too many to read."""
+def _settings(run: Run, others: Sequence[Run]) -> str:
+    """The settings in which a run differs from others; its folder when there are none, or too many to read."""
+    differing = differences(run, others, ("weights",))
+    return ", ".join(differing) if 0 < len(differing) <= 4 else run.folder
+
+
+def differences(run: Run, others: Sequence[Run], ignore: Sequence[str]) -> list[str]:
+    """The settings of a run, `name=value`, that one of the others does not have; `ignore` names whole groups."""
     own = _flat(run.about.get("identity"))
-    others = [_flat(r.about.get("identity")) for r in runs if r.label == run.label]
-    differing = [k for k in own if k != "weights" and any(other.get(k) != own[k] for other in others)]
-    return ", ".join(f"{k}={own[k]}" for k in differing) if 0 < len(differing) <= 4 else run.folder
+    theirs = [_flat(other.about.get("identity")) for other in others]
+    return [
+        f"{key}={value}"
+        for key, value in own.items()
+        if key.split(".")[0] not in ignore and any(other.get(key) != value for other in theirs)
+    ]
 
 
 def _flat(settings: Any, at: str = "") -> dict[str, Any]:
@@ -180,19 +197,53 @@ class Comparison:
         return self.success["low"] is not None and self.success["low"] > 0
 
 
-def compare(runs: Sequence[Run]) -> list[Comparison]:
-    """Every guided attack against every random control on the same target, paired by sample id."""
+def flip_sizes(run: Run) -> np.ndarray:
+    """(A,) decoupled fraction, in percent, that flips each attacked sample; infinite for one that was not flipped."""
+    return np.array([r.decoupled_fraction if r.flipped else np.inf for r in run.records if r.attacked])
+
+
+def flip_queries(run: Run) -> np.ndarray:
+    """(A,) queries after which each attacked sample was first seen flipped; infinite for one that was not.
+
+    Records of older versions do not say when: theirs is the number of all their queries.
+    """
+
+    def first(r: AttackResult) -> float:
+        return min((queries for queries, _ in r.trajectory), default=r.queries)
+
+    return np.array([first(r) if r.flipped else np.inf for r in run.records if r.attacked], dtype=float)
+
+
+def shared(a: Run, b: Run) -> list[tuple[AttackResult, AttackResult]]:
+    """The records of two runs for each sample that both attacked, by its id."""
+    theirs = {r.id: r for r in b.records if r.attacked}
+    return [(r, theirs[r.id]) for r in a.records if r.attacked and r.id in theirs]
+
+
+def success_differences(pairs: Sequence[tuple[AttackResult, AttackResult]]) -> np.ndarray:
+    """(N,) 100 where only the first flips, -100 where only the second does; the mean is in percentage points."""
+    return np.array([100.0 * (r.flipped - other.flipped) for r, other in pairs])
+
+
+def area_differences(pairs: Sequence[tuple[AttackResult, AttackResult]]) -> np.ndarray:
+    """(N,) how much more the first contributes to the area under its success curve, in percentage points."""
 
     def area(r: AttackResult) -> float:
         return 100 * curve_score(r.decoupled_fraction) if r.flipped else 0.0
 
+    return np.array([area(r) - area(other) for r, other in pairs])
+
+
+def compare(runs: Sequence[Run]) -> list[Comparison]:
+    """Every guided attack against every random control on the same target, paired by sample id.
+
+    Corruptions are left out: nobody guides them.
+    """
     found = []
     for group in by_target(runs):
         for control in (run for run in group if run.is_control):
-            drawn = {r.id: r for r in control.records if r.attacked}
-            for guided in (run for run in group if not run.is_control):
-                pairs = [(r, drawn[r.id]) for r in guided.records if r.attacked and r.id in drawn]
-                success = np.array([100.0 * (r.flipped - other.flipped) for r, other in pairs])
-                areas = np.array([area(r) - area(other) for r, other in pairs])
-                found.append(Comparison(guided, control, len(pairs), bootstrap(success), bootstrap(areas)))
+            for guided in (run for run in group if not run.is_control and run.kind != "corruption"):
+                pairs = shared(guided, control)
+                success, area = bootstrap(success_differences(pairs)), bootstrap(area_differences(pairs))
+                found.append(Comparison(guided, control, len(pairs), success, area))
     return found

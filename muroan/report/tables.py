@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,21 +18,30 @@ NOTHING = "–"  # stands where there is nothing to measure
 
 @dataclass(frozen=True)
 class Column:
-    """A metric of `muroan.metrics.summarise` as the report shows it."""
+    """A metric of `muroan.metrics.summarise` as the report shows it.
+
+    Attributes:
+        optional: left out of a table whose runs have nothing to say in it.
+    """
 
     metric: str
     heading: str
     unit: Unit
+    optional: bool = False
 
     @property
     def suffix(self) -> str:
         return "" if self.unit == "count" else "%"
 
 
+VALID = Column("valid_success_rate", "valid success rate", "rate", optional=True)
+BACKWARDS = Column("backwards", "backwards", "count", optional=True)
+
 MAIN = (
     Column("clean_accuracy", "clean accuracy", "rate"),
     Column("robust_accuracy", "robust accuracy", "rate"),
     Column("attack_success_rate", "success rate", "rate"),
+    VALID,
     Column("decoupled_fraction_mean", "decoupled fraction, mean", "fraction"),
     Column("decoupled_fraction_median", "decoupled fraction, median", "fraction"),
     Column("queries", "queries", "count"),
@@ -42,16 +52,26 @@ DEFINITIONS = {
     "robust accuracy": "samples that it still gets right after the attack, over all samples.",
     "success rate": "samples whose prediction the attack flips, over attacked samples. A sample that the model "
     "gets wrong beforehand is skipped and never counted as a success.",
+    "valid success rate": "samples that the attack flips and whose true label the removal leaves right, says the "
+    "dataset, over attacked samples. Only where the dataset can tell.",
     "decoupled fraction": "removed elements (pixels, words, audio samples), each counted once, over all elements "
-    "of the input; mean and median over flipped samples. By modality: over the elements of that modality alone.",
+    "of the input; mean and median over flipped samples. By modality: over the elements of that modality alone. Of a "
+    "value-choosing attack or a corruption it is the changed fraction: elements that have another value.",
+    "value-choosing": "an attack that chooses new values for elements instead of removing them (a perturbation). It "
+    "can do strictly more, so its figures are not those of a removal of the same size.",
+    "corruption": "noise or damage that nobody chose: how the model stands up to nature, not to an attacker.",
     "curve area": "area under the curve of success rate against decoupled fraction, from 0 to "
     f"{CURVE_LIMIT:g} % of the input, over the largest possible area.",
-    "queries": "different removals that the attack asked the model about, mean over attacked samples.",
+    "queries": "different questions that the attack asked the model, mean over attacked samples; a backward pass is "
+    "one, too.",
     "forwards": "times that the model ran for a sample, checks of the result included, mean over attacked samples.",
+    "backwards": "times that a gradient was taken for a sample, mean over attacked samples.",
     "cache hits": "questions answered without a run, because the same elements had been removed before, mean over "
     "attacked samples.",
     "one-minimal": "flipped samples in which putting any one removed part back restores the prediction, over those "
     "where that was checked.",
+    "proven": "flipped samples of which the attack asked about every smaller removal of its universe, so that "
+    "none flips; over those of attacks that can tell.",
     "interaction": "flipped samples in which the removal flips only jointly: none of its one-modality parts does "
     "alone; over flipped samples.",
     "modality share": "flipped samples whose removal lies in one modality alone, or in several jointly; over flipped "
@@ -70,10 +90,30 @@ STATUSES = {
 SEARCH = (
     Column("curve_area", "curve area", "rate"),
     Column("one_minimal", "one-minimal", "rate"),
+    Column("proven", "proven", "rate", optional=True),
     Column("interaction", "interaction", "rate"),
     Column("forwards", "forwards", "count"),
+    BACKWARDS,
     Column("cache_hits", "cache hits", "count"),
 )
+
+
+KINDS = {
+    "removal": "",
+    "perturbation": "value-choosing",
+    "corruption": "corruption",
+}
+
+
+def present(columns: Sequence[Column], runs: Sequence[Run]) -> list[Column]:
+    """The columns less the optional ones that no run has anything to say in."""
+    return [c for c in columns if not c.optional or any(_says(run, c) for run in runs)]
+
+
+def _says(run: Run, column: Column) -> bool:
+    # That nothing was proven, or no success was valid, is a finding; that nobody took a gradient is not.
+    value = run.value(column.metric)
+    return value is not None and (value > 0 or column.unit != "count")
 
 
 def by_modality(runs: Sequence[Run]) -> list[Column]:
@@ -122,11 +162,14 @@ def cell(run: Run, column: Column) -> tuple[str, str]:
     return figure(estimate.get("value"), column.unit), interval(estimate, column.unit)
 
 
+def escaped(text: str) -> str:
+    """A name as one cell of a Markdown table."""
+    text = text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
+    return re.sub(r"<(?=\S)", "&lt;", text)  # before a space it opens no tag
+
+
 def markdown(runs: Sequence[Run]) -> str:
     """The tables in Markdown, figures with their intervals in brackets, and what they mean."""
-
-    def clean(text: str) -> str:
-        return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
     def table(columns: Sequence[Column]) -> str:
         heads = [f"{c.heading} ({c.suffix})" if c.suffix else c.heading for c in columns]
@@ -135,11 +178,13 @@ def markdown(runs: Sequence[Run]) -> str:
             texts = (cell(run, c) for c in columns)
             figures = [f"{value} [{span}]" if span else value for value, span in texts]
             n = whole(len(run.records)) + ("" if run.finished else " (unfinished)")
-            lines.append([clean(run.label), n, *figures])
+            kind = f" ({KINDS[run.kind]})" if KINDS[run.kind] else ""
+            lines.append([escaped(run.label) + kind, n, *figures])
         return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
     terms = "; ".join(f"*{term}*: {meaning.rstrip('.')}" for term, meaning in DEFINITIONS.items())
-    return f"{table(MAIN)}\n{table(by_modality(runs))}\n{table(SEARCH)}\n{terms}.\n"
+    parts = (present(MAIN, runs), by_modality(runs), present(SEARCH, runs))
+    return "\n".join(map(table, parts)) + f"\n{terms}.\n"
 
 
 def summary(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> dict[str, Any]:
@@ -150,6 +195,7 @@ def summary(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> dict[str,
             {
                 "label": run.label,
                 "folder": run.folder,
+                "kind": run.kind,
                 **{key: run.about.get(key) for key in kept},
                 "finished": run.finished,
                 "records": len(run.records),

@@ -1,0 +1,775 @@
+"""Attacks side by side: the table attack by model, paired tests on shared samples, and success within a budget."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import binomtest
+
+from muroan.errors import MuroanError
+from muroan.metrics import columns, reduce_column
+from muroan.modalities import stable_seed
+from muroan.report import plots
+from muroan.report.runs import Run, area_differences, differences, find_runs, shared, success_differences
+from muroan.report.tables import (
+    DEFINITIONS,
+    KINDS,
+    MAIN,
+    SEARCH,
+    by_modality,
+    escaped,
+    figure,
+    interval,
+    present,
+    whole,
+)
+from muroan.report.tables import Column as Metric
+from muroan.results import Kind
+
+Estimate = Mapping[str, float | None]
+
+HEADINGS: dict[Kind, str] = {
+    "removal": "removal attacks",
+    "perturbation": "value-choosing attacks (stronger threat model)",
+    "corruption": "natural corruptions, not attacks",
+}
+
+_METRICS = {metric.metric: metric for metric in (*MAIN, *SEARCH)}
+OUTCOME = [
+    _METRICS[name]
+    for name in ("clean_accuracy", "robust_accuracy", "attack_success_rate", "valid_success_rate", "curve_area")
+]
+SIZE = [_METRICS["decoupled_fraction_mean"], _METRICS["decoupled_fraction_median"]]
+COST = [_METRICS[name] for name in ("queries", "forwards", "backwards")]
+INTERVALS = ("attack_success_rate", "valid_success_rate", "curve_area")  # shown with theirs; the CSV has all
+
+EXACT = 13  # differences that are not 0 up to which all sign flips are tried: 8192 of them
+FLIPS = 9999  # random sign flips beyond that
+
+
+@dataclass(frozen=True)
+class Row:
+    """One attack on one target: a run, or its repeats with other seeds.
+
+    Attributes:
+        runs: one a seed.
+        name: what the attack is called, unique on its target.
+    """
+
+    runs: tuple[Run, ...]
+    name: str = ""
+
+    @property
+    def attack(self) -> str:
+        return self.runs[0].attack
+
+    @property
+    def kind(self) -> Kind:
+        return self.runs[0].kind
+
+    @property
+    def is_control(self) -> bool:
+        return self.runs[0].is_control
+
+    @property
+    def label(self) -> str:
+        """The name, with what kind of attack it is unless it removes."""
+        return f"{self.name} ({KINDS[self.kind]})" if KINDS[self.kind] else self.name
+
+    @property
+    def samples(self) -> int:
+        """Records, over all seeds."""
+        return sum(len(run.records) for run in self.runs)
+
+    @property
+    def finished(self) -> bool:
+        return all(run.finished for run in self.runs)
+
+    @cached_property
+    def summary(self) -> Mapping[str, Estimate]:
+        """Every metric with its interval: of one run, `metrics.summarise`; of several, the mean over seeds."""
+        if len(self.runs) == 1:
+            return self.runs[0].summary
+        found = [columns(run.records) for run in self.runs if run.records]
+        names = dict.fromkeys(name for table in found for name in table)
+        parts = {name: [table[name] for table in found if name in table] for name in names}
+        return {name: pooled([column for column, _ in part], part[0][1]) for name, part in parts.items()}
+
+    def value(self, metric: str) -> float | None:
+        return self.summary.get(metric, {}).get("value")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What was attacked, and the attacks on it: removals first, each kind with its random controls last."""
+
+    name: str
+    rows: list[Row]
+
+    @property
+    def best(self) -> Row | None:
+        """The removal attack with the largest curve area."""
+        removals = [row for row in self.rows if row.kind == "removal" and row.value("curve_area") is not None]
+        return max(removals, key=lambda row: row.value("curve_area") or 0.0, default=None)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two attacks on the samples that both attacked. Differences are the attack's figure less the reference's.
+
+    Attributes:
+        samples, seeds: shared samples, over all shared seeds.
+        only: samples that only the attack flips, and that only the reference flips.
+        success, area: differences in percentage points with paired bootstrap intervals, means over seeds.
+        success_p: exact McNemar test; area_p: sign-flip permutation test; both two-sided.
+        success_holm, area_holm: the same, after Holm's correction over all tests of the table.
+    """
+
+    target: Target
+    attack: Row
+    reference: Row
+    samples: int
+    seeds: int
+    only: tuple[int, int]
+    success: Estimate
+    success_p: float
+    area: Estimate
+    area_p: float
+    success_holm: float = 1.0
+    area_holm: float = 1.0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that is written.
+
+    Attributes:
+        pairs: on each target, every attack against the random controls and against the best removal attack.
+        warnings: guided attacks that a random control keeps up with.
+        notes: what was left out or not pooled.
+    """
+
+    targets: list[Target]
+    pairs: list[Pair]
+    warnings: list[str]
+    notes: list[str]
+
+    @property
+    def rows(self) -> list[Row]:
+        return [row for target in self.targets for row in target.rows]
+
+    @property
+    def runs(self) -> list[Run]:
+        return [run for row in self.rows for run in row.runs]
+
+
+def write(folders: Sequence[Path], out: Path, pool_seeds: bool = True) -> Path:
+    """Compare finished, or unfinished, runs from their records alone. No model is loaded.
+
+    The same records give the same bytes.
+
+    Args:
+        folders: run folders, or folders that hold such at any depth.
+        out: folder for `compare.md`, `compare.tex` (for a document with the package booktabs), `compare.csv` (a row
+            a run), `pooled.csv` (a row an attack, only where there are repeats), `pairs.csv` and `compare.png`.
+        pool_seeds: take runs that differ in their seed alone, and in the weights that it led to, as one.
+
+    Returns:
+        The path of `compare.md`.
+
+    Raises:
+        MuroanError: a folder holds no run, a file of a run cannot be understood, or no two attacks have a target
+            in common.
+    """
+    comparison = compare(find_runs(folders), pool_seeds)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    _write_csv(out / "compare.csv", _figures(Row((run,), row.name) for row in comparison.rows for run in row.runs))
+    (out / "pooled.csv").unlink(missing_ok=True)  # of an earlier comparison
+    if any(len(row.runs) > 1 for row in comparison.rows):
+        _write_csv(out / "pooled.csv", _figures(comparison.rows))
+    _write_csv(out / "pairs.csv", [_PAIR_FIELDS, *map(_pair_fields, comparison.pairs)])
+    drawn = [(target.name, [(row.label, row.runs) for row in target.rows]) for target in comparison.targets]
+    (out / "compare.png").write_bytes(plots.budgets(drawn))
+    (out / "compare.tex").write_text(latex(comparison), encoding="utf-8")
+    page = out / "compare.md"
+    page.write_text(markdown(comparison), encoding="utf-8")
+    return page
+
+
+def compare(runs: Sequence[Run], pool_seeds: bool = True) -> Comparison:
+    """The attacks of some runs by target, and paired tests between them.
+
+    Raises:
+        MuroanError: no two attacks have a target in common.
+    """
+    rows, notes = _rows(runs, pool_seeds)
+    targets = _targets(rows)
+    if all(len(target.rows) == 1 for target in targets):
+        raise MuroanError(
+            f"no two attacks of these {len(runs)} run(s) have a target (dataset, model and weights) in common, so "
+            f"there is nothing to compare: name more runs, or see each with `muroan report`"
+        )
+    pairs: list[Pair] = []
+    for target in targets:
+        if len(target.rows) == 1:
+            notes.append(f"{target.name}: {target.rows[0].name} is the only attack, so there is no paired test.")
+        for attack, reference in _matches(target):
+            pair = _pair(target, attack, reference)
+            if pair is None:
+                notes.append(
+                    f"{target.name}: {attack.name} and {reference.name} attacked no sample in common, so the pair is "
+                    f"left out of the tests."
+                )
+            else:
+                pairs.append(pair)
+    corrected = holm([p for pair in pairs for p in (pair.success_p, pair.area_p)])
+    pairs = [
+        replace(pair, success_holm=success, area_holm=area)
+        for pair, success, area in zip(pairs, corrected[::2], corrected[1::2], strict=True)
+    ]
+    return Comparison(targets, pairs, _warnings(pairs), notes)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Which runs belong together
+
+
+def _rows(runs: Sequence[Run], pool: bool) -> tuple[list[Row], list[str]]:
+    """The runs, those that differ in their seed alone pooled; and what to say about those that were not."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(_setup(run) if pool else run.folder, []).append(run)
+    rows, notes = [], []
+    for group in groups.values():
+        group.sort(key=lambda run: (len(str(run.about.get("seed"))), str(run.about.get("seed")), run.folder))
+        if len({run.about.get("seed") for run in group}) == len(group):
+            rows.append(Row(tuple(group)))
+            continue
+        # The same seed twice is no repeat: these are other checkpoints, of other training perhaps.
+        rows += [Row((run,)) for run in group]
+        notes.append(
+            f"{group[0].attack} on {group[0].dataset} · {group[0].model}: {len(group)} runs, some with the same seed "
+            f"but other weights or folders, are not pooled."
+        )
+    return rows, notes
+
+
+def _setup(run: Run) -> str:
+    """All that two runs have in common that are repeats with another seed."""
+    identity = run.about.get("identity")
+    if not isinstance(identity, dict):
+        return run.folder  # written by another program: nothing says what it repeats
+    own = {key: value for key, value in identity.items() if key not in ("seed", "weights")}
+    # Training is no part of an attack's identity, which has the hash of its outcome instead.
+    config = run.about.get("config") or {}
+    training = {key: config.get(key) for key in ("training", "defense")}
+    return json.dumps([run.dataset, run.model, run.attack, own, training], sort_keys=True)
+
+
+def _targets(rows: Sequence[Row]) -> list[Target]:
+    """The rows by what they attacked: those with a model (dataset, name and weights) in common belong together."""
+    groups: list[list[Row]] = []
+    for row in rows:
+        own = {run.target for run in row.runs}
+        linked = [group for group in groups if any(run.target in own for other in group for run in other.runs)]
+        groups = [group for group in groups if group not in linked] + [[*itertools.chain(*linked), row]]
+    kinds = list(HEADINGS)
+    for group in groups:
+        group.sort(key=lambda row: (kinds.index(row.kind), row.is_control, row.attack, row.runs[0].folder))
+    groups.sort(key=lambda group: (group[0].runs[0].target[:2], group[0].runs[0].folder))
+    return [Target(name, _named(group)) for name, group in zip(_target_names(groups), groups, strict=True)]
+
+
+def _target_names(groups: Sequence[Sequence[Row]]) -> list[str]:
+    """`dataset · model`, with the settings, and then the weights, where that is not enough."""
+    first = [group[0].runs[0] for group in groups]
+    attackers = ("attack", "threat_model", "precision", "keep_media", "seed", "weights")
+    names = []
+    for run in first:
+        own = differences(run, [other for other in first if other.target[:2] == run.target[:2]], attackers)
+        settings = f" ({', '.join(own)})" if 0 < len(own) <= 4 else ""
+        names.append(f"{run.dataset} · {run.model}{settings}")
+    weights = [dict.fromkeys(run.target[2][:8] for row in group for run in row.runs) for group in groups]
+    return [
+        f"{name} (weights {', '.join(own)})" if names.count(name) > 1 else name
+        for name, own in zip(names, weights, strict=True)
+    ]
+
+
+def _named(group: Sequence[Row]) -> list[Row]:
+    """The rows of a target, named by attack, and by settings or folder where that is not enough."""
+    rows = []
+    for row in group:
+        others = [other for other in group if other.attack == row.attack and other is not row]
+        ignore = ("weights", "seed") if len(row.runs) > 1 else ("weights",)
+        own = differences(row.runs[0], [other.runs[0] for other in others], ignore)
+        rows.append(replace(row, name=f"{row.attack} ({', '.join(own)})" if 0 < len(own) <= 4 else row.attack))
+    names = [row.name for row in rows]
+    return [
+        replace(row, name=f"{row.attack} ({row.runs[0].folder})") if names.count(row.name) > 1 else row for row in rows
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Figures over seeds, and tests
+
+
+def pooled(seeds: Sequence[np.ndarray], how: str = "mean", resamples: int = 1000, level: float = 0.95) -> Estimate:
+    """The mean over seeds of a metric, and its percentile bootstrap interval; the samples of each seed are resampled
+    on their own, the seeds are not.
+
+    Args:
+        seeds: for each seed, (N,) one number a sample, NaN where the sample has no say.
+        how: `mean` or `median`, of each seed's samples.
+
+    Returns:
+        value, low and high as `metrics.bootstrap`, which this is for one seed; seeds with nothing to measure are
+        left out.
+    """
+    values, spread = [], []
+    for place, column in enumerate(seeds):
+        n = len(column)
+        if n == 0 or np.isnan(column).all():
+            continue
+        rng = np.random.default_rng(stable_seed("bootstrap", place))
+        at_once = max(1, 4_000_000 // n)
+        parts = [
+            np.asarray(reduce_column(column[rng.integers(0, n, (min(at_once, resamples - done), n))], how, axis=-1))
+            for done in range(0, resamples, at_once)
+        ]
+        values.append(float(reduce_column(column, how)))
+        spread.append(np.concatenate(parts))
+    if not values:
+        return {"value": None, "low": None, "high": None}
+    drawn = np.mean(spread, axis=0)
+    low, high = np.percentile(drawn[~np.isnan(drawn)], [50 * (1 - level), 50 * (1 + level)])
+    return {"value": float(np.mean(values)), "low": float(low), "high": float(high)}
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Two-sided p value of the exact McNemar test, from the samples that only one of two attacks flips.
+
+    >>> mcnemar(4, 0), mcnemar(2, 2), mcnemar(0, 0)
+    (0.125, 1.0, 1.0)
+    """
+    n = only_first + only_second
+    return float(binomtest(only_first, n).pvalue) if n else 1.0
+
+
+def sign_flip(differences: np.ndarray, seed: int = 0) -> float:
+    """Two-sided p value of a mean of paired differences, if either of two attacks were as likely to be the better one.
+
+    Up to 13 differences that are not 0, all flips of their signs are tried; beyond that, 9999 random ones.
+
+    Args:
+        differences: (N,) weighted so that their sum is the figure tested.
+
+    >>> sign_flip(np.array([3.0, 1.0, 0.0, 2.0]))
+    0.25
+    """
+    moved = differences[differences != 0]
+    n = len(moved)
+    if n == 0:
+        return 1.0
+    seen = abs(moved.sum()) * (1 - 1e-9)  # sums in another order round otherwise
+    if n <= EXACT:
+        signs = 1 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)
+        return float((abs(signs @ moved) >= seen).mean())
+    rng = np.random.default_rng(stable_seed("sign flip", seed))
+    at_once = max(1, 4_000_000 // n)
+    as_large = 1  # the flip that changes nothing
+    for done in range(0, FLIPS, at_once):
+        signs = 1 - 2 * rng.integers(0, 2, (min(at_once, FLIPS - done), n), dtype=np.int8)
+        as_large += int((abs(signs @ moved) >= seen).sum())
+    return as_large / (FLIPS + 1)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """The p values after Holm's correction.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    corrected, largest = [0.0] * len(p), 0.0
+    for rank, place in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[place]))
+        corrected[place] = largest
+    return corrected
+
+
+def _matches(target: Target) -> list[tuple[Row, Row]]:
+    """(attack, reference): every attack against the random controls, then every one against the best removal."""
+    guided = [row for row in target.rows if not row.is_control]
+    found = [(row, control) for control in target.rows if control.is_control for row in guided]
+    best = target.best
+    if best is not None and not best.is_control:
+        found += [(row, best) for row in guided if row is not best]
+    return found
+
+
+def _run_pairs(attack: Row, reference: Row) -> list[tuple[Run, Run]]:
+    """Runs on the same weights, of the same seed where there is one; none is used twice."""
+    left = list(reference.runs)
+    found: list[tuple[Run, Run]] = []
+    for same_seed in (True, False):
+        taken = {id(run) for run, _ in found}
+        for run in attack.runs:
+            fits = (
+                other
+                for other in left
+                if other.target == run.target and (not same_seed or other.about.get("seed") == run.about.get("seed"))
+            )
+            other = next(fits, None)
+            if id(run) not in taken and other is not None:
+                left.remove(other)
+                found.append((run, other))
+    return found
+
+
+def _pair(target: Target, attack: Row, reference: Row) -> Pair | None:
+    """Two attacks on their shared samples; None when there are none."""
+    found = [pairs for a, b in _run_pairs(attack, reference) if (pairs := shared(a, b))]
+    if not found:
+        return None
+    success = [success_differences(pairs) for pairs in found]
+    areas = [area_differences(pairs) for pairs in found]
+    every = np.concatenate(success)
+    only = int((every > 0).sum()), int((every < 0).sum())
+    # Each seed counts the same, however many samples it has.
+    weighted = np.concatenate([seed / len(seed) / len(areas) for seed in areas])
+    return Pair(
+        target,
+        attack,
+        reference,
+        samples=len(every),
+        seeds=len(found),
+        only=only,
+        success=pooled(success),
+        success_p=mcnemar(*only),
+        area=pooled(areas),
+        area_p=sign_flip(weighted),
+    )
+
+
+def _warnings(pairs: Iterable[Pair]) -> list[str]:
+    """Guided removal attacks whose curve area is not above a random control's beyond what chance explains."""
+    return [
+        f"guided search is no better than random on {pair.target.name}: the curve area of {pair.attack.name} less that "
+        f"of {pair.reference.name} is {figure(pair.area['value'], 'rate')} percentage points, 95 % interval "
+        f"[{interval(pair.area, 'rate')}], over {whole(pair.samples)} shared samples."
+        for pair in pairs
+        if pair.reference.is_control and pair.attack.kind == "removal" and (pair.area["low"] or 0.0) <= 0
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Tables
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a table: a heading over the lines below it, or cells.
+
+    Attributes:
+        level: 0 for the name of a target, 1 for a kind of attack, 2 for cells.
+    """
+
+    level: int
+    cells: list[str]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table as text, before it is Markdown or LaTeX.
+
+    Attributes:
+        heads: one a column; `group, part (unit)` where columns have a group.
+        texts: how many columns, from the left, are words.
+    """
+
+    caption: str
+    heads: list[str]
+    lines: list[Line]
+    texts: int = 1
+
+
+def grids(comparison: Comparison) -> list[Grid]:
+    """The table of attacks in two parts, what they reach and what it takes, and the paired tests."""
+    runs = comparison.runs
+    outcome = [*present(OUTCOME, runs)]
+    taken = [*SIZE, *by_modality(runs), *present(COST, runs)]
+    found = [
+        _by_attack(
+            comparison,
+            "What the attacks reach; intervals are 95 % bootstrap intervals.",
+            ["seeds", "n"],
+            outcome,
+        ),
+        _by_attack(
+            comparison,
+            "What it takes: removed elements (changed ones, of value-choosing attacks and corruptions) in percent of "
+            "the input and of each modality, over flipped samples; queries and passes of the model, means over "
+            "attacked samples.",
+            [],
+            taken,
+        ),
+    ]
+    if comparison.pairs:
+        found.append(_by_pair(comparison.pairs))
+    return found
+
+
+def _by_attack(comparison: Comparison, caption: str, own: Sequence[str], metrics: Sequence[Metric]) -> Grid:
+    heads = [f"{m.heading} ({m.suffix})" if m.suffix else m.heading for m in metrics]
+    lines = []
+    for target in comparison.targets:
+        lines.append(Line(0, [target.name]))
+        several = len({row.kind for row in target.rows}) > 1 or target.rows[0].kind != "removal"
+        for kind, rows in itertools.groupby(target.rows, key=lambda row: row.kind):
+            if several:
+                lines.append(Line(1, [HEADINGS[kind]]))
+            for row in rows:
+                n = whole(row.samples) + ("" if row.finished else " (unfinished)")
+                told = {"seeds": str(len(row.runs)), "n": n}
+                figures = [_estimate(row.summary.get(m.metric, {}), m) for m in metrics]
+                lines.append(Line(2, [row.name, *(told[name] for name in own), *figures]))
+    return Grid(caption, ["attack", *own, *heads], lines)
+
+
+def _estimate(estimate: Estimate, metric: Metric) -> str:
+    text = figure(estimate.get("value"), metric.unit)
+    span = interval(estimate, metric.unit) if metric.metric in INTERVALS else ""
+    return f"{text} [{span}]" if span else text
+
+
+def _by_pair(pairs: Sequence[Pair]) -> Grid:
+    caption = (
+        "Paired tests: each attack against the random control and against the removal attack with the largest curve "
+        "area on its target (chosen by these records, which flatters it a little), over the n samples that both "
+        "attacked, of all seeds together. A difference is the attack's figure less the reference's, in percentage "
+        "points, with its paired 95 % bootstrap interval; p is of the exact McNemar test (success rate) and of a "
+        f"sign-flip permutation test (curve area), two-sided, after Holm's correction over these {2 * len(pairs)} "
+        "tests."
+    )
+    heads = ["attack", "against", "n", "success rate, difference", "success rate, p"]
+    heads += ["curve area, difference", "curve area, p"]
+    lines = []
+    for name, group in itertools.groupby(pairs, key=lambda pair: pair.target.name):
+        lines.append(Line(0, [name]))
+        for pair in group:
+            cells = [pair.attack.label, pair.reference.label, whole(pair.samples)]
+            for estimate, p in ((pair.success, pair.success_holm), (pair.area, pair.area_holm)):
+                cells += [f"{figure(estimate['value'], 'rate')} [{interval(estimate, 'rate')}]", probability(p)]
+            lines.append(Line(2, cells))
+    return Grid(caption, heads, lines, texts=2)
+
+
+def probability(p: float) -> str:
+    """A p value as text.
+
+    >>> probability(0.00002), probability(0.0123), probability(0.5)
+    ('< 0.001', '0.012', '0.50')
+    """
+    if p < 0.001:
+        return "< 0.001"
+    return f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def _terms(comparison: Comparison) -> dict[str, str]:
+    """What the words in the tables mean."""
+    used = {m.heading.split(",")[0] for m in present([*OUTCOME, *SIZE, *COST], comparison.runs)}
+    used |= {KINDS[row.kind] for row in comparison.rows}
+    terms = {term: meaning for term, meaning in DEFINITIONS.items() if term in used}
+    repeats = "Of several seeds: the mean of their figures; the samples of each seed are resampled, the seeds are not."
+    return {**terms, "interval": f"{DEFINITIONS['interval']} {repeats}"}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Markdown, LaTeX, CSV
+
+
+def markdown(comparison: Comparison) -> str:
+    """All tables in Markdown, with columns that line up as plain text, too."""
+    tables = [f"{grid.caption}\n\n{_markdown_table(grid)}" for grid in grids(comparison)]
+    if not comparison.pairs:
+        tables.append("No two attacks on the same target attacked a sample in common: no paired tests.\n")
+    said = [f"**Warning:** {text}" for text in comparison.warnings] + [f"Note: {text}" for text in comparison.notes]
+    terms = "".join(f"- *{term}*: {meaning}\n" for term, meaning in _terms(comparison).items())
+    return "\n".join([*tables, *(f"{text}\n" for text in said), terms])
+
+
+def _markdown_table(grid: Grid) -> str:
+    marks = {0: "**{}**", 1: "*{}*", 2: "{}"}
+    groups = ["", *(head.partition(", ")[0] for head in grid.heads)]
+    # A group is named once, over its first column.
+    rows = [[h.removeprefix(f"{last}, ") for h, last in zip(grid.heads, groups, strict=False)]]
+    for line in grid.lines:
+        first, *others = map(escaped, line.cells)
+        rows.append([marks[line.level].format(first), *others, *[""] * (len(grid.heads) - len(line.cells))])
+    widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(grid.heads))]
+
+    def text(cells: Sequence[str]) -> str:
+        padded = [
+            cell.ljust(width) if place < grid.texts else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return f"| {' | '.join(padded)} |\n"
+
+    rule = [":" + "-" * (w - 1) if place < grid.texts else "-" * (w - 1) + ":" for place, w in enumerate(widths)]
+    return "".join(map(text, [rows[0], rule, *rows[1:]]))
+
+
+_TEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "·": r"$\cdot$",
+    "–": "--",
+    "\u202f": r"\,",
+    "\n": " ",
+    # At the start of a line these would be arguments of the line's end before it.
+    "[": "{[}",
+    "*": "{*}",
+    **{c: f"\\{c}" for c in "&%$#_{}"},
+}
+
+
+def tex(text: str) -> str:
+    r"""A text with nothing in it that LaTeX would read as a command.
+
+    >>> print(tex("a_b 50%"))
+    a\_b 50\%
+    """
+    return "".join(_TEX.get(c, c) for c in text)
+
+
+def latex(comparison: Comparison) -> str:
+    r"""All tables in LaTeX: a file to `\input` into a document that uses the package booktabs."""
+    said = [f"Warning: {text}" for text in comparison.warnings] + comparison.notes
+    parts = [_latex_table(grid, said if place == 0 else []) for place, grid in enumerate(grids(comparison))]
+    return "\n".join(["% Written by `muroan compare`; needs \\usepackage{booktabs}\n", *parts])
+
+
+def _latex_table(grid: Grid, notes: Sequence[str]) -> str:
+    width = len(grid.heads)
+    uppers, lowers = zip(*map(_stacked, grid.heads), strict=True)
+    upper, rules, start = [], [], 1
+    for name, members in itertools.groupby(uppers):
+        count = len(list(members))
+        if name and count > 1:
+            upper.append(rf"\multicolumn{{{count}}}{{c}}{{{tex(name)}}}")
+            rules.append(rf"\cmidrule(lr){{{start}-{start + count - 1}}}")
+        else:
+            upper += [tex(name)] * count
+        start += count
+    lines = []
+    for line in grid.lines:
+        first, *others = map(_tex_cell, line.cells)
+        if line.level == 2:
+            lines.append(" & ".join([rf"\quad {first}", *others]) + r" \\")
+        else:
+            style = r"\textbf" if line.level == 0 else r"\emph"
+            if line.level == 0 and lines:
+                lines.append(r"\midrule")
+            lines.append(rf"\multicolumn{{{width}}}{{l}}{{{style}{{{first}}}}} \\")
+    below = [rf"\par\smallskip\parbox{{\textwidth}}{{\footnotesize {tex(text)}}}" for text in notes]
+    return "\n".join(
+        [
+            r"\begin{table}[htbp]",
+            r"\centering\scriptsize\setlength{\tabcolsep}{2.5pt}\setlength{\belowcaptionskip}{6pt}",
+            rf"\caption{{{tex(grid.caption)}}}",
+            r"\makebox[\textwidth][c]{%",
+            rf"\begin{{tabular}}{{{'l' * grid.texts}{'r' * (width - grid.texts)}}}",
+            r"\toprule",
+            " & ".join(upper) + r" \\",
+            *(["".join(rules)] if rules else []),
+            " & ".join(map(tex, lowers)) + r" \\",
+            r"\midrule",
+            *lines,
+            r"\bottomrule",
+            r"\end{tabular}}",
+            *below,
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def _stacked(head: str) -> tuple[str, str]:
+    """A heading in two lines: its group and part, or all but its last word and that."""
+    if ", " in head:
+        group, _, part = head.partition(", ")
+        return group, part
+    words, bracket, unit = head.partition(" (")
+    first, _, last = words.rpartition(" ")
+    return first, f"{last}{bracket}{unit}"
+
+
+def _tex_cell(text: str) -> str:
+    """A cell; the sign of a negative number is a minus, not a hyphen."""
+    numeric = bool(text) and set(text) <= set("0123456789.,-[] \u202f")
+    return tex(text).replace("-", "$-$") if numeric else tex(text)
+
+
+def _figures(rows: Iterable[Row]) -> list[list[object]]:
+    """Every metric of every row with its interval, in full, under a line of headings."""
+    rows = list(rows)
+    names = list(dict.fromkeys(name for row in rows for name in row.summary))
+    own = ["dataset", "model", "weights", "attack", "name", "kind", "seeds", "folder", "finished", "samples"]
+    parts = (("value", ""), ("low", "_low"), ("high", "_high"))
+    lines: list[list[object]] = [[*own, *(name + suffix for name in names for _, suffix in parts)]]
+    for row in rows:
+        run = row.runs[0]
+        lines.append(
+            [
+                run.dataset,
+                run.model,
+                " ".join(dict.fromkeys(r.target[2] for r in row.runs)),
+                row.attack,
+                row.name,
+                row.kind,
+                " ".join(str(r.about.get("seed")) for r in row.runs),
+                " ".join(r.folder for r in row.runs),
+                row.finished,
+                row.samples,
+                *(row.summary.get(name, {}).get(part) for name in names for part, _ in parts),
+            ]
+        )
+    return lines
+
+
+_PAIR_FIELDS = [
+    *("dataset", "model", "attack", "reference", "samples", "seeds"),
+    *("success_difference", "success_difference_low", "success_difference_high", "only_attack", "only_reference"),
+    *("mcnemar_p", "mcnemar_p_holm"),
+    *("curve_area_difference", "curve_area_difference_low", "curve_area_difference_high"),
+    *("sign_flip_p", "sign_flip_p_holm"),
+]
+
+
+def _pair_fields(pair: Pair) -> list[object]:
+    run = pair.attack.runs[0]
+    return [
+        *(run.dataset, run.model, pair.attack.name, pair.reference.name, pair.samples, pair.seeds),
+        *(pair.success[part] for part in ("value", "low", "high")),
+        *(*pair.only, pair.success_p, pair.success_holm),
+        *(pair.area[part] for part in ("value", "low", "high")),
+        *(pair.area_p, pair.area_holm),
+    ]
+
+
+def _write_csv(path: Path, lines: Sequence[Sequence[object]]) -> None:
+    """Numbers in full; an empty cell where there is nothing to measure."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows(lines)

@@ -1,0 +1,483 @@
+"""Attacks side by side: hand-made records, and the figures, tests, tables and files that follow from them."""
+
+from __future__ import annotations
+
+import csv
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import muroan
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from scipy.stats import wilcoxon
+
+from muroan.errors import MuroanError
+from muroan.metrics import bootstrap, summarise
+from muroan.report import build
+from muroan.report.compare import Comparison, compare, holm, latex, markdown, mcnemar, pooled, sign_flip, tex, write
+from muroan.report.plots import success_at, success_band
+from muroan.report.runs import find_runs, flip_queries, flip_sizes
+from muroan.results import AttackResult, Count, RunFolder
+
+# Removed elements of 100, a sample; 0 for one that held, None for one that was wrong before the attack.
+GUIDED = [1, 2, 5, 20, 0, 0, 1, 1, None]
+RANDOM = [5, 0, 10, 0, 0, 0, 0, 1, None]
+# 20 samples of which the guided attack flips all by 1 % and random removal none: beyond chance.
+CLEAR = [1] * 20
+NOTHING = [0] * 20
+
+
+def record(index: int, attack: str, removed: int | None, queries: int = 10, **more: Any) -> AttackResult:
+    status = "skipped" if removed is None else "flipped" if removed else "held"
+    before, after = int(removed is None), int(removed is None or removed > 0)
+    size = {"image": removed} if removed else {}
+    result = AttackResult(f"q{index}", index, attack, 0, before, after, status, removed=size, total={"image": 100})
+    result.ledger = {"clean": Count(0, 1, 0), "search": Count(queries, queries, 1)}
+    for name, value in more.items():
+        setattr(result, name, value)
+    return result
+
+
+def write_run(
+    path: Path,
+    attack: str,
+    outcomes: list[int | None],
+    model: str = "m",
+    seed: int = 0,
+    weights: str = "w",
+    finish: bool = True,
+    setting: int = 0,
+    first: int = 0,
+    **more: Any,
+) -> Path:
+    folder = RunFolder(path)
+    about = {
+        "identity": {"attack": {"kind": attack, "setting": setting}, "model": model, "seed": seed, "weights": weights},
+        "attack": attack,
+        "model": model,
+        "dataset": "d",
+        "classes": ["no", "yes"],
+        "seed": seed,
+        "checkpoint": {"path": "x", "sha256": weights},
+    }
+    folder.start(about)
+    for index, removed in enumerate(outcomes, start=first):
+        folder.append(record(index, attack, removed, **more))
+    folder.close()
+    if finish:
+        folder.finish()
+    return path
+
+
+def two(path: Path) -> Path:
+    """A guided attack and the random control, on the same samples."""
+    write_run(path / "guided", "guided", GUIDED)
+    write_run(path / "random", "random_removal", RANDOM)
+    return path
+
+
+def compared(path: Path, **options: Any) -> Comparison:
+    return compare(find_runs([path]), **options)
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """The cells of all tables of a Markdown text."""
+    return [[c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]] for line in text.splitlines() if line[:1] == "|"]
+
+
+class TestFigures:
+    def test_success_and_curve_area_by_hand(self, tmp_path):
+        (target,) = compared(two(tmp_path)).targets
+        guided, control = target.rows
+        assert [guided.value("attack_success_rate"), control.value("attack_success_rate")] == [75.0, 37.5]
+        # 1 % of the input scores 90, 2 % 80, 5 % 50 and 10 % or more nothing.
+        assert guided.value("curve_area") == pytest.approx((90 + 80 + 50 + 0 + 90 + 90) / 8)
+        assert control.value("curve_area") == pytest.approx((50 + 0 + 90) / 8)
+        assert target.best is guided
+        assert control.is_control
+
+    def test_success_within_budgets_by_hand(self, tmp_path):
+        (run,) = find_runs([write_run(tmp_path, "x", GUIDED)])
+        assert success_at([flip_sizes(run)], np.array([0.5, 1, 2, 19.9, 20])).tolist() == [0, 37.5, 50, 62.5, 75]
+
+    def test_queries_at_the_first_flip(self, tmp_path):
+        records = [
+            record(0, "x", 1, queries=50, trajectory=[(3, 9.0), (20, 1.0)]),
+            record(1, "x", 1, queries=50),  # an older record: all of its queries
+            record(2, "x", 0, queries=50, trajectory=[(3, 9.0)]),  # a flip that the check did not confirm is none
+            record(3, "x", None),
+        ]
+        folder = RunFolder(write_run(tmp_path, "x", [], finish=False))
+        for r in records:
+            folder.append(r)
+        folder.close()
+        took = flip_queries(find_runs([tmp_path])[0])
+        assert took.tolist() == [3, 50, np.inf]
+        assert success_at([took], np.array([2, 3, 49, 50])) == pytest.approx([0, 100 / 3, 100 / 3, 200 / 3])
+
+    def test_success_of_seeds_is_their_mean(self):
+        seeds = [np.array([1.0, np.inf]), np.array([1.0, 2.0, 3.0, 4.0])]
+        assert success_at(seeds, np.array([1, 2, 4])).tolist() == [37.5, 50, 75]
+
+    @given(
+        st.lists(
+            st.lists(st.one_of(st.floats(0.001, 100), st.just(float("inf"))), min_size=1, max_size=12),
+            min_size=1,
+            max_size=3,
+        )
+    )
+    def test_success_never_falls_with_the_budget(self, seeds):
+        took = [np.array(seed) for seed in seeds]
+        grid = np.geomspace(0.0005, 100, 50)
+        low, high = success_band(took, grid, resamples=20)
+        for curve in (success_at(took, grid), low, high):
+            assert (np.diff(curve) >= -1e-9).all()
+            assert ((curve >= 0) & (curve <= 100 + 1e-9)).all()
+        rate = np.mean([100 * np.isfinite(seed).mean() for seed in took])
+        assert success_at(took, grid)[-1] == pytest.approx(rate)
+
+
+class TestSeeds:
+    def seeds(self, path: Path) -> Path:
+        """Two of four flipped with seed 0, two of two with seed 1, each on the model that its seed trained."""
+        write_run(path / "a", "guided", [1, 1, 0, 0], seed=0, weights="w0")
+        write_run(path / "b", "guided", [3, 3], seed=1, weights="w1")
+        write_run(path / "c", "random_removal", [0, 5, 0, 0], seed=0, weights="w0")
+        write_run(path / "d", "random_removal", [0, 0], seed=1, weights="w1")
+        return path
+
+    def test_mean_over_seeds_with_a_stratified_interval(self, tmp_path):
+        (target,) = compared(self.seeds(tmp_path)).targets
+        row = target.rows[0]
+        assert [row.attack, len(row.runs), row.samples] == ["guided", 2, 6]
+        estimate = row.summary["attack_success_rate"]
+        assert estimate["value"] == 75.0  # (50 + 100) / 2, and not 4 of 6
+        # All of seed 1 flipped in any resample: only seed 0 spreads, and counts half.
+        alone = bootstrap(np.array([100.0, 100, 0, 0]))
+        assert estimate["low"] == pytest.approx((alone["low"] + 100) / 2)
+        assert estimate["high"] == pytest.approx((alone["high"] + 100) / 2)
+        assert row.value("decoupled_fraction_median") == 2.0
+
+    def test_pairs_are_of_the_same_seed(self, tmp_path):
+        (pair,) = compared(self.seeds(tmp_path)).pairs
+        assert [pair.samples, pair.seeds, pair.only] == [6, 2, (3, 0)]
+        assert pair.success["value"] == pytest.approx((25 + 100) / 2)
+        assert pair.area["value"] == pytest.approx(((90 + 90 - 50) / 4 + 70) / 2)
+
+    def test_not_pooled_when_asked_not_to(self, tmp_path):
+        targets = compared(self.seeds(tmp_path), pool_seeds=False).targets
+        assert [target.name for target in targets] == ["d · m (weights w0)", "d · m (weights w1)"]
+        assert [len(row.runs) for target in targets for row in target.rows] == [1] * 4
+
+    def test_the_same_seed_with_other_weights_is_no_repeat(self, tmp_path):
+        for name in ("plain", "hardened"):
+            write_run(tmp_path / name / "a", "guided", GUIDED, weights=name)
+            write_run(tmp_path / name / "b", "random_removal", RANDOM, weights=name)
+        comparison = compared(tmp_path)
+        assert [target.name for target in comparison.targets] == ["d · m (weights hardened)", "d · m (weights plain)"]
+        assert "guided on d · m: 2 runs, some with the same seed" in comparison.notes[0]
+
+    def test_other_settings_are_another_attack(self, tmp_path):
+        write_run(tmp_path / "a", "guided", GUIDED, setting=1)
+        write_run(tmp_path / "b", "guided", GUIDED, setting=2)
+        (target,) = compared(tmp_path).targets
+        assert [row.name for row in target.rows] == ["guided (attack.setting=1)", "guided (attack.setting=2)"]
+
+    @given(st.lists(st.one_of(st.floats(0, 100), st.just(float("nan"))), min_size=1, max_size=20))
+    def test_one_seed_is_the_plain_bootstrap(self, values):
+        column = np.array(values)
+        for how in ("mean", "median"):
+            assert pooled([column], how, resamples=50) == bootstrap(column, how, resamples=50)
+
+    def test_nothing_to_measure(self):
+        nothing = np.full(3, np.nan)
+        assert pooled([nothing]) == {"value": None, "low": None, "high": None}
+        assert pooled([nothing, np.ones(3)])["value"] == 1.0
+
+
+class TestPairs:
+    def test_by_hand(self, tmp_path):
+        (pair,) = compared(two(tmp_path)).pairs
+        assert [pair.attack.name, pair.reference.name, pair.samples] == ["guided", "random_removal", 8]
+        assert pair.only == (3, 0)
+        assert pair.success["value"] == 37.5
+        assert pair.success_p == pytest.approx(2 * 0.5**3)
+        assert pair.area["value"] == pytest.approx((40 + 80 + 50 + 90) / 8)
+        assert pair.area_p == pytest.approx(2 * 0.5**4)  # four differences, all for the guided attack
+        assert [pair.success_holm, pair.area_holm] == [0.25, 0.25]
+
+    def test_mcnemar_by_hand(self):
+        assert mcnemar(8, 1) == pytest.approx(2 * (1 + 9) / 2**9)
+        assert mcnemar(1, 8) == mcnemar(8, 1)
+
+    def test_sign_flips_at_random_agree_with_all_of_them(self, monkeypatch):
+        differences = np.random.default_rng(0).normal(0.4, 1, 12)
+        exact = sign_flip(differences)
+        monkeypatch.setattr("muroan.report.compare.EXACT", 0)
+        assert sign_flip(differences) == pytest.approx(exact, abs=0.015)
+        many = np.random.default_rng(1).normal(0.1, 1, 400)
+        assert sign_flip(many) == pytest.approx(wilcoxon(many).pvalue, abs=0.05)
+
+    @given(st.lists(st.floats(0, 1), max_size=8))
+    def test_holm(self, p):
+        corrected = holm(p)
+        assert all(1 >= after >= before for before, after in zip(p, corrected, strict=True))
+        assert min(corrected, default=0.0) == min(1.0, len(p) * min(p, default=0.0))
+
+    def test_against_the_controls_and_the_best_removal(self, tmp_path):
+        two(tmp_path)
+        write_run(tmp_path / "best", "better", [1] * 8)
+        write_run(tmp_path / "pgd", "pgd", [80] * 8, kind="perturbation")
+        write_run(tmp_path / "shuffle", "random_words", RANDOM)
+        pairs = [(pair.attack.name, pair.reference.name) for pair in compared(tmp_path).pairs]
+        guided = ["better", "guided", "pgd"]
+        expected = [(name, control) for control in ("random_removal", "random_words") for name in guided]
+        assert pairs == [*expected, ("guided", "better"), ("pgd", "better")]
+
+    def test_shared_samples_alone_count(self, tmp_path):
+        write_run(tmp_path / "a", "guided", [1] * 6)
+        write_run(tmp_path / "b", "random_removal", [0] * 6, first=4)
+        (pair,) = compared(tmp_path).pairs
+        assert [pair.samples, pair.only] == [2, (2, 0)]
+
+    def test_without_shared_samples_the_pair_is_left_out(self, tmp_path):
+        write_run(tmp_path / "a", "guided", [1] * 3)
+        write_run(tmp_path / "b", "random_removal", [0] * 3, first=3)
+        comparison = compared(tmp_path)
+        assert comparison.pairs == []
+        assert comparison.warnings == []
+        assert "guided and random_removal attacked no sample in common, so the pair is left out" in comparison.notes[0]
+        assert "no paired tests" in markdown(comparison)
+        assert (write([tmp_path], tmp_path / "out").parent / "pairs.csv").read_text().count("\n") == 1
+
+
+class TestWarning:
+    def test_guided_search_no_better_than_random(self, tmp_path):
+        write_run(tmp_path / "a", "guided", GUIDED[::-1], model="weak_m")
+        write_run(tmp_path / "b", "random_removal", GUIDED[::-1], model="weak_m")
+        comparison = compared(tmp_path)
+        assert comparison.warnings == [
+            "guided search is no better than random on d · weak_m: the curve area of guided less that of "
+            "random_removal is 0.0 percentage points, 95 % interval [0.0, 0.0], over 8 shared samples."
+        ]
+        assert markdown(comparison).count("**Warning:** guided search is no better than random") == 1
+        assert r"Warning: guided search is no better than random on d $\cdot$ weak\_m" in latex(comparison)
+
+    def test_a_better_attack_is_not_warned_of(self, tmp_path):
+        write_run(tmp_path / "a", "guided", CLEAR)
+        write_run(tmp_path / "b", "random_removal", NOTHING)
+        comparison = compared(tmp_path)
+        assert comparison.warnings == []
+        assert "Warning" not in markdown(comparison)
+
+    def test_other_kinds_are_not_warned_of(self, tmp_path):
+        write_run(tmp_path / "a", "noise", NOTHING, kind="corruption")
+        write_run(tmp_path / "b", "pgd", NOTHING, kind="perturbation")
+        write_run(tmp_path / "c", "random_removal", CLEAR)
+        assert compared(tmp_path).warnings == []
+
+
+class TestTables:
+    def kinds(self, path: Path) -> Path:
+        two(path)
+        write_run(path / "a", "a_corruption", [3] * 8, kind="corruption")
+        write_run(path / "b", "a_perturbation", [90] * 8, kind="perturbation")
+        return path
+
+    def test_kinds_are_grouped(self, tmp_path):
+        text = markdown(compared(self.kinds(tmp_path)))
+        first = [row[0] for row in rows_of(text)]
+        assert first[2 : first.index("attack", 1)] == [
+            "**d · m**",
+            "*removal attacks*",
+            "guided",
+            "random_removal",
+            "*value-choosing attacks (stronger threat model)*",
+            "a_perturbation",
+            "*natural corruptions, not attacks*",
+            "a_corruption",
+        ]
+        assert "changed fraction" in text
+
+    def test_removals_alone_need_no_heading(self, tmp_path):
+        text = markdown(compared(two(tmp_path)))
+        assert "removal attacks*" not in text
+        assert "backwards" not in text
+        assert "valid success" not in text
+
+    def test_columns_that_some_run_has(self, tmp_path):
+        two(tmp_path)
+        ledger = {"search": Count(5, 5, 0, 4)}
+        write_run(tmp_path / "c", "gradient", [2] * 8, still_valid=True, ledger=ledger)
+        heads = [cell for row in rows_of(markdown(compared(tmp_path))) if row[0] == "attack" for cell in row]
+        assert {"valid success rate (%)", "backwards"} <= set(heads)
+
+    def test_cells(self, tmp_path):
+        rows = rows_of(markdown(compared(two(tmp_path))))
+        guided = next(row for row in rows if row[0] == "guided")
+        estimate = bootstrap(100 * np.array([1.0, 1, 1, 1, 0, 0, 1, 1, np.nan]))
+        assert guided[:5] == ["guided", "1", "9", "88.9", "22.2"]
+        assert guided[5] == f"75.0 [{estimate['low']:.1f}, {estimate['high']:.1f}]"
+        pair = rows[-1]
+        assert pair[:3] == ["guided", "random_removal", "8"]
+        assert pair[4] == "0.25"
+
+    def test_lines_up_as_plain_text(self, tmp_path):
+        lines = [line for line in markdown(compared(self.kinds(tmp_path))).splitlines() if line[:1] == "|"]
+        assert len({len(line) for line in lines}) <= 3  # three tables
+
+    def test_unfinished_is_marked(self, tmp_path):
+        write_run(tmp_path / "a", "guided", GUIDED, finish=False)
+        write_run(tmp_path / "b", "random_removal", RANDOM)
+        assert "9 (unfinished)" in markdown(compared(tmp_path))
+
+    def test_targets_with_one_attack_are_shown_and_said_to_have_no_test(self, tmp_path):
+        two(tmp_path)
+        write_run(tmp_path / "c", "guided", GUIDED, model="other", weights="v")
+        comparison = compared(tmp_path)
+        assert [target.name for target in comparison.targets] == ["d · m", "d · other"]
+        assert comparison.notes == ["d · other: guided is the only attack, so there is no paired test."]
+
+
+HOSTILE = r"a_b 50% & {x} $y$ #1 ~^\ | < [2] *"
+
+
+class TestLatex:
+    def hostile(self, path: Path) -> Path:
+        write_run(path / "a", HOSTILE, GUIDED, model="late_fusion%")
+        write_run(path / "b", "random_removal", GUIDED, model="late_fusion%", finish=False)
+        write_run(path / "c", "*pgd", [90] * 8, model="late_fusion%", kind="perturbation", still_valid=True)
+        return path
+
+    def test_escapes(self):
+        assert tex("late_fusion 5% & #1 {x} $y$") == r"late\_fusion 5\% \& \#1 \{x\} \$y\$"
+        assert tex(r"~^\|<>") == (
+            r"\textasciitilde{}\textasciicircum{}\textbackslash{}\textbar{}\textless{}\textgreater{}"
+        )
+
+    def test_every_line_has_its_cells(self, tmp_path):
+        text = latex(compared(self.hostile(tmp_path)))
+        assert r"late\_fusion\%" in text
+        tables = re.findall(r"\\begin\{tabular\}\{([lr]+)\}(.*?)\\end\{tabular\}", text, re.DOTALL)
+        assert len(tables) == 3
+        for columns, body in tables:
+            for line in body.splitlines():
+                if not line.endswith(r"\\"):
+                    assert re.fullmatch(r"(\\(top|mid|bottom)rule|(\\cmidrule\(lr\)\{\d+-\d+\})+)?", line), line
+                    continue
+                spans = [int(n) for n in re.findall(r"\\multicolumn\{(\d+)\}", line)]
+                cells = len(re.findall(r"(?<!\\)&", line)) + 1
+                assert cells + sum(spans) - len(spans) == len(columns), line
+                assert not re.search(r"(?<!\\)[%#]", line)
+
+    @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex")
+    def test_compiles(self, tmp_path):
+        write([self.hostile(tmp_path / "runs")], tmp_path)
+        body = r"\documentclass{article}\usepackage{booktabs}\begin{document}\input{compare}\end{document}"
+        (tmp_path / "page.tex").write_text(body)
+        command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "page.tex"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout[-2000:]
+        assert (tmp_path / "page.pdf").exists()
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+class TestFiles:
+    def test_csv_is_the_summary_in_full(self, tmp_path):
+        out = write([two(tmp_path / "runs")], tmp_path / "out").parent
+        lines = read_csv(out / "compare.csv")
+        assert [line["attack"] for line in lines] == ["guided", "random_removal"]
+        for line in lines:
+            summary = summarise(RunFolder(tmp_path / "runs" / line["folder"]).records())
+            assert summary
+            for name, estimate in summary.items():
+                for part, suffix in (("value", ""), ("low", "_low"), ("high", "_high")):
+                    text = line[name + suffix]
+                    assert (float(text) if text else None) == estimate[part], name
+        assert not (out / "pooled.csv").exists()
+
+    def test_pooled_csv_has_a_row_an_attack(self, tmp_path):
+        TestSeeds().seeds(tmp_path / "runs")
+        out = write([tmp_path / "runs"], tmp_path / "out").parent
+        assert [line["seeds"] for line in read_csv(out / "compare.csv")] == ["0", "1", "0", "1"]
+        guided, control = read_csv(out / "pooled.csv")
+        assert [guided["seeds"], guided["weights"], guided["samples"]] == ["0 1", "w0 w1", "6"]
+        assert float(guided["attack_success_rate"]) == 75.0
+        assert float(control["attack_success_rate"]) == 12.5
+        write([tmp_path / "runs"], out, pool_seeds=False)
+        assert not (out / "pooled.csv").exists()
+
+    def test_pairs_csv(self, tmp_path):
+        (line,) = read_csv(write([two(tmp_path / "runs")], tmp_path / "out").parent / "pairs.csv")
+        assert [line["attack"], line["reference"], line["samples"]] == ["guided", "random_removal", "8"]
+        assert float(line["mcnemar_p"]) == 0.25
+        assert float(line["sign_flip_p"]) == 0.125
+        assert float(line["curve_area_difference"]) == pytest.approx(32.5)
+
+    def test_the_same_records_give_the_same_bytes(self, tmp_path):
+        TestSeeds().seeds(tmp_path / "runs")
+        one, other = (write([tmp_path / "runs"], tmp_path / name).parent for name in ("one", "other"))
+        names = sorted(file.name for file in one.iterdir())
+        assert names == ["compare.csv", "compare.md", "compare.png", "compare.tex", "pairs.csv", "pooled.csv"]
+        for name in names:
+            assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+    def test_curves_are_a_picture_even_without_flips(self, tmp_path):
+        write_run(tmp_path / "a", "guided", [0, 0, None])
+        write_run(tmp_path / "b", "random_removal", [None, None, None])
+        with Image.open(write([tmp_path], tmp_path / "out").parent / "compare.png") as picture:
+            assert picture.width > picture.height > 300
+
+    def test_refuses(self, tmp_path):
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(MuroanError, match=r"empty has no run.json"):
+            write([tmp_path / "empty"], tmp_path / "out")
+        write_run(tmp_path / "a", "guided", GUIDED, weights="w")
+        write_run(tmp_path / "b", "random_removal", RANDOM, weights="v")
+        with pytest.raises(MuroanError, match=r"no two attacks of these 2 run.* in common"):
+            write([tmp_path], tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+class TestReportPage:
+    def test_new_metrics_and_kinds_are_shown(self, tmp_path):
+        write_run(tmp_path / "a", "guided", GUIDED, still_valid=True, proven=True)
+        write_run(tmp_path / "b", "pgd", [90] * 8, kind="perturbation", ledger={"search": Count(4, 4, 0, 4)})
+        write_run(tmp_path / "c", "blur", [3] * 8, kind="corruption")
+        page = build([tmp_path], tmp_path / "out").read_text()
+        for words in ("valid success rate", "proven", "backwards", "m, value-choosing", "m, corruption"):
+            assert words in page
+        # The headline is of the removal attack, though the stronger one flips more.
+        assert '<p class="lead">guided flips 75.0 %' in page
+        assert "pgd flips 100.0 % by changing 90.0 %" in page
+        assert "(value-choosing)" in (tmp_path / "out" / "table.md").read_text()
+
+    def test_without_them_the_tables_are_as_before(self, tmp_path):
+        build([two(tmp_path / "runs")], tmp_path / "out")
+        table = (tmp_path / "out" / "table.md").read_text().split("*clean accuracy*")[0]
+        for words in ("valid success rate", "proven", "backwards"):
+            assert words not in table
+
+
+def test_command(tmp_path):
+    write_run(tmp_path / "outputs/attack/a", "guided", GUIDED)
+    write_run(tmp_path / "outputs/attack/b", "random_removal", GUIDED)
+    done = muroan("compare", cwd=tmp_path)
+    out = tmp_path / "outputs/compare"
+    assert (out / "compare.md").read_text() in done.stdout
+    assert done.stdout.count("guided search is no better than random on d · m") == 1
+    assert all((out / f"compare.{kind}").stat().st_size for kind in ("md", "tex", "csv", "png"))
+    refused = muroan("compare", "runs=[outputs/compare]", cwd=tmp_path, check=False)
+    assert refused.returncode == 1
+    assert "Traceback" not in refused.stderr
+    assert refused.stderr.splitlines()[-1].startswith("muroan compare: outputs/compare has no run.json")
