@@ -12,12 +12,22 @@ from torchmetrics import Metric
 from tqdm.auto import tqdm
 
 from muroan.attacks.base import Attack, ThreatModel
-from muroan.data.samples import Batch
+from muroan.data.base import MultimodalData
+from muroan.data.samples import Batch, Sample
 from muroan.engine import QueryEngine
 from muroan.errors import MuroanError
 from muroan.metrics import AttackSuccessRate, CleanAccuracy, DecoupledFraction, QueryCount, RobustAccuracy
 from muroan.models.base import MultimodalModel
 from muroan.results import AttackResult, RunFolder
+
+DONORS = 64  # validation samples that an attack may take parts from
+
+
+def donors(data: MultimodalData) -> list[Sample]:
+    """The first validation samples: they are neither trained on nor attacked."""
+    prepared = data.prepared("val")
+    found = (prepared[i] for i in range(min(DONORS, len(prepared))))
+    return [sample for sample in found if isinstance(sample, Sample)]
 
 
 class AttackCallback(pl.Callback):
@@ -58,9 +68,19 @@ class AttackCallback(pl.Callback):
                 f"AttackCallback needs a LightningModule with a MultimodalModel as `model`, "
                 f"{type(pl_module).__name__}.model is {type(model).__name__}"
             )
+        data = getattr(trainer, "datamodule", None)
+        multimodal = data if isinstance(data, MultimodalData) else None
         precision = {"bf16-mixed": "bf16", "16-mixed": "16"}.get(str(trainer.precision), "32")
         self.engine = QueryEngine(
-            model, self.attack, self.threat_model, self.batch_size, precision, self.seed, self.keep_media
+            model,
+            self.attack,
+            self.threat_model,
+            self.batch_size,
+            precision,
+            self.seed,
+            self.keep_media,
+            donors=donors(multimodal) if multimodal and self.attack.needs_donors else (),
+            still_valid=multimodal.still_valid if multimodal else None,
         )
         # The folder is claimed when all options are known to be good.
         self._folder = RunFolder(self.path, trainer.global_rank)

@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from muroan.attacks.base import Ask, Attack, AttackedSample, BudgetExhausted, Response, Search, ThreatModel
+from muroan.attacks.base import Ask, Attack, AttackedSample, Response, Search, ThreatModel, Together
+from muroan.attacks.target import BudgetExhausted, Perturbation, Target
 from muroan.data.samples import Sample
 from muroan.errors import MuroanError
-from muroan.modalities import Removal, removed_elements, stable_seed
-from muroan.models.base import Features, MultimodalModel, map_features, model_dtype
+from muroan.modalities import Layout, Removal, removed_elements, stable_seed
+from muroan.models.base import Features, MultimodalModel, Prediction, map_features, model_dtype
 from muroan.results import AttackResult, Count, Status
 
 # What is removed, however it is spelled: the element set of each touched modality, in the model's order.
@@ -39,15 +40,20 @@ AUTOCAST = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}
 
 @dataclass(eq=False, slots=True)
 class _Question:
-    """One row of a batch. A fresh one encodes every modality anew and bypasses the cache."""
+    """One row of a batch. A fresh one encodes every modality anew and bypasses the cache.
+
+    With `work`, it is a row of what that function does with a whole batch, and no removal.
+    """
 
     live: _Live
-    key: Key
-    removal: Removal
+    key: Key = ()
+    removal: Removal = field(default_factory=Removal)
     fresh: bool = False
+    work: Callable[[list[_Live]], Sequence[Any]] | None = None
 
 
 Conversation = Generator[list[_Question], None, AttackResult]
+StillValid = Callable[[Sample, Removal], "bool | None"]
 
 
 @dataclass(eq=False, slots=True)
@@ -56,7 +62,8 @@ class _Live:
 
     Attributes:
         slot: where the sample's tensors lie in the store.
-        budget: queries left.
+        budget: queries left; queries: asked so far.
+        trajectory: see `AttackResult.trajectory`.
         answers: every answer so far. `asked` are the keys that the search has been given answers to: the engine may
             know more than that, having run ahead, and the ledger must not depend on it.
         wanted: questions that wait for a batch; in_flight: how many are in one.
@@ -67,10 +74,14 @@ class _Live:
     sample: Sample
     slot: int
     budget: float
+    queries: int = 0
     conversation: Conversation | None = None
     answers: dict[Key, Response] = field(default_factory=dict)
     asked: set[Key] = field(default_factory=set)
     verified: Response | None = None
+    told: Any = None
+    view: AttackedSample | None = None
+    trajectory: list[tuple[int, float]] = field(default_factory=list)
     ledger: dict[str, Count] = field(default_factory=dict)
     wanted: deque[_Question] = field(default_factory=deque)
     in_flight: int = 0
@@ -93,7 +104,15 @@ class _Live:
             if phase not in OWN_PHASES:
                 count.queries += 1
                 self.budget -= 1
+                self.queries += 1
         return self.answers[key]
+
+    def note_flip(self, key: Key) -> None:
+        """Enter a flip into the trajectory if it is smaller than all before."""
+        total = sum(layout.count for layout in self.sample.layouts.values())
+        fraction = 100 * sum(bits.bit_count() for _, bits in key) / total
+        if not self.trajectory or fraction < self.trajectory[-1][1]:
+            self.trajectory.append((self.queries, fraction))
 
     def affordable(self, key: Key, phase: str) -> bool:
         return key in self.asked or phase in OWN_PHASES or self.budget >= 1
@@ -198,6 +217,8 @@ class QueryEngine:
         seed: of the attack's draws and of noise replacements.
         keep_media: records of the first so many samples hold what a report needs to draw them.
         reuse_features: False encodes every modality for every question; for measuring.
+        donors: samples that are not attacked, from which an attack may take parts; their first inputs are kept.
+        still_valid: the dataset's; see `MultimodalData.still_valid`.
 
     Raises:
         MuroanError: the model is in training mode, or the threat model does not fit it.
@@ -213,6 +234,8 @@ class QueryEngine:
         seed: int = 0,
         keep_media: int = 48,
         reuse_features: bool = True,
+        donors: Sequence[Sample] = (),
+        still_valid: StillValid | None = None,
     ):
         if any(module.training for module in model.modules()):
             raise MuroanError("the model is in training mode, so that its answers are random: call model.eval() first")
@@ -224,6 +247,7 @@ class QueryEngine:
         self.threat_model = (threat_model or ThreatModel()).complete(model.modalities)
         self.batch_size, self.precision, self.seed = batch_size, precision, seed
         self.keep_media, self.reuse_features = keep_media, reuse_features
+        self.donors, self.still_valid = list(donors), still_valid
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.statistics = EngineStatistics(encoded=dict.fromkeys(model.modalities, 0))
         self._store = _Store(model, self.threat_model, batch_size, self.device)
@@ -231,6 +255,7 @@ class QueryEngine:
         self._waiting: deque[Sample] = deque()
         self._live: dict[int, _Live] = {}  # by slot, in order of admission
         self._checked = False
+        self._works: dict[Any, Callable[[list[_Live]], Sequence[Any]]] = {}
 
     # -- in and out -----------------------------------------------------------------------------------------
 
@@ -253,12 +278,15 @@ class QueryEngine:
         self._admit()
         while go_on():
             questions = self._pack()
-            answers = self._ask(questions)
+            work = questions[0].work
+            answers = self._ask(questions) if work is None else work([question.live for question in questions])
             touched: dict[int, _Live] = {}
             for question, answer in zip(questions, answers, strict=True):
                 live = touched.setdefault(question.live.slot, question.live)
                 live.in_flight -= 1
-                if question.fresh:
+                if work is not None:
+                    live.told = answer
+                elif question.fresh:
                     live.verified = answer
                 else:
                     live.answers[question.key] = answer
@@ -299,11 +327,21 @@ class QueryEngine:
         return None
 
     def _pack(self) -> list[_Question]:
-        """The next batch: questions in order of admission; room that is left goes to looking ahead."""
+        """The next batch: questions in order of admission; room that is left goes to looking ahead.
+
+        Work on a whole batch waits until nobody asks anything else, so that its batches are full.
+        """
         questions: list[_Question] = []
         for live in self._live.values():
-            while live.wanted and len(questions) < self.batch_size:
+            while live.wanted and live.wanted[0].work is None and len(questions) < self.batch_size:
                 questions.append(live.wanted.popleft())
+        if not questions:
+            work = next(live.wanted[0].work for live in self._live.values() if live.wanted)
+            for live in self._live.values():
+                if live.wanted and live.wanted[0].work == work and len(questions) < self.batch_size:
+                    live.in_flight += 1
+                    questions.append(live.wanted.popleft())
+            return questions
         ahead = [live for live in self._live.values() if live.window]  # in the midst of an `until` ask
         while ahead and len(questions) < self.batch_size:
             live = ahead.pop(0)
@@ -321,46 +359,89 @@ class QueryEngine:
         """The whole life of a sample. Yields questions; resumes when all of them are answered."""
         sample = live.sample
         (clean,) = yield from self._answer(live, Ask([Removal()], CLEAN))
-        if clean.label != sample.label:
+        if clean.label != sample.label or not self.attack.attackable(sample.label, len(clean.logits)):
             return self._result(live, clean, clean, "skipped")
         live.rng = np.random.default_rng(stable_seed(self.seed, self.attack.name, sample.id))
-        view = AttackedSample(
-            sample.id, sample.label, clean, self.model.modalities, sample.layouts, self.threat_model, live.rng
+        valid = None if self.still_valid is None else partial(self.still_valid, sample)
+        live.view = AttackedSample(
+            sample.id, sample.label, clean, self.model.modalities, sample.layouts, self.threat_model, live.rng, valid
         )
-        removal, exhausted = yield from self._search(live, self.attack.search(view))
+        found, exhausted = yield from self._search(live, self.attack.search(live.view))
         failed: Status = "budget_exhausted" if exhausted else "held"
-        if removal is None:
-            return self._result(live, clean, clean, failed, info=view.info)
-        if not isinstance(removal, Removal):
-            raise MuroanError(f"{self.attack.name}.search must return a Removal or None, got {type(removal).__name__}")
+        if found is None:
+            return self._result(live, clean, clean, failed)
+        wanted = Removal if self.attack.kind == "removal" else Perturbation
+        if not isinstance(found, wanted):
+            raise MuroanError(
+                f"{self.attack.name}.search must return a {wanted.__name__} or None, got {type(found).__name__}"
+            )
+        if isinstance(found, Perturbation):
+            return (yield from self._judge_perturbation(live, clean, found, failed))
 
-        key = live.key(removal)
-        yield [_Question(live, key, removal, fresh=True)]
+        key = live.key(found)
+        yield [_Question(live, key, found, fresh=True)]
         live.ledger.setdefault(VERIFY, Count()).forwards += 1
         verified = live.verified
         assert verified is not None
         if key in live.answers and live.answers[key].label != verified.label:
             self.statistics.disagreements += 1
-        if verified.label == sample.label:
-            return self._result(live, clean, verified, failed, info=view.info)
+        if not self.attack.reached(sample.label, verified):
+            return self._result(live, clean, clean, failed)
 
-        one_less = [removal.without(part) for part in removal.regions]
-        alone = [removal.only(name) for name in removal.modalities] if len(removal.modalities) > 1 else []
+        one_less = [found.without(part) for part in found.regions]
+        alone = [found.only(name) for name in found.modalities] if len(found.modalities) > 1 else []
         responses = yield from self._answer(live, Ask(one_less + alone, AUDIT))
-        restored = [response.label == sample.label for response in responses]
-        result = self._result(live, clean, verified, "flipped", removal, view.info)
+        restored = [not self.attack.reached(sample.label, response) for response in responses]
+        result = self._result(live, clean, verified, "flipped", found)
         result.one_minimal = all(restored[: len(one_less)])
         result.interaction = all(restored[len(one_less) :]) if alone else None
+        if self.still_valid is not None:
+            result.still_valid = self.still_valid(sample, found)
         return result
 
-    def _search(self, live: _Live, search: Search) -> Generator[list[_Question], None, tuple[Removal | None, bool]]:
+    def _judge_perturbation(
+        self, live: _Live, clean: Response, found: Perturbation, failed: Status
+    ) -> Generator[list[_Question], None, AttackResult]:
+        """Whether a perturbation succeeds, and how far it goes, from the input that was returned."""
+        live.told = found
+        yield [_Question(live, work=self._verify)]
+        live.ledger.setdefault(VERIFY, Count()).forwards += 1
+        verified, inputs, layouts = live.told
+        if not self.attack.reached(live.sample.label, verified):
+            return self._result(live, clean, clean, "budget_exhausted" if live.budget < 2 else failed)
+        result = self._result(live, clean, verified, "flipped")
+        for name, x in inputs.items():
+            before, layout = live.sample.inputs[name], live.sample.layouts[name]
+            after = x.cpu()
+            if layout.words:
+                pairs = list(zip(layout.words, layouts[name].words, strict=False))
+                changed = sum(a != b for a, b in pairs) + abs(len(layout.words) - len(layouts[name].words))
+            else:
+                moved = (after.to(before.dtype) != before).reshape(-1, *after.shape[-len(layout.grid) :]).any(0)
+                changed = int(moved.sum())
+                step = (after - before).double()
+                result.distance[name] = {"l2": float(step.norm()), "linf": float(step.abs().max())}
+            if changed:
+                result.removed[name] = min(changed, layout.count)
+        if live.sample.index < self.keep_media:
+            result.perturbed_media = {
+                name: modality.display(inputs[name].cpu(), layouts[name])
+                if name in inputs
+                else modality.display(live.sample.inputs[name], live.sample.layouts[name])
+                for name, modality in self.model.modalities.items()
+            }
+        if result.trajectory:
+            result.trajectory = [(result.trajectory[0][0], result.decoupled_fraction)]
+        return result
+
+    def _search(self, live: _Live, search: Search) -> Generator[list[_Question], None, tuple[Any, bool]]:
         """Drive the attack's own generator; returns what it returned, and whether the budget cut it short."""
         if not isinstance(search, Generator):
             raise MuroanError(
                 f"{self.attack.name}.search must be a generator, which yields what it asks, got {search!r}"
             )
         exhausted = False
-        resume: Callable[[], Ask | Sequence[Removal]] = partial(next, search)
+        resume: Callable[[], Any] = partial(next, search)
         while True:
             try:
                 asked = resume()
@@ -369,7 +450,10 @@ class QueryEngine:
             except BudgetExhausted:
                 return None, True
             try:
-                responses = yield from self._answer(live, self._checked_ask(asked))
+                if isinstance(asked, Together):
+                    responses = yield from self._answer_together(live, asked)
+                else:
+                    responses = yield from self._answer(live, self._checked_ask(asked))
                 resume = partial(search.send, responses)
             except BudgetExhausted as refusal:
                 exhausted = True
@@ -422,6 +506,8 @@ class QueryEngine:
             window.popleft()
             response = live.answered(key, ask.phase)
             responses.append(response)
+            if ask.phase not in OWN_PHASES and self.attack.reached(live.sample.label, response):
+                live.note_flip(key)
             if ask.until is not None and ask.until(response):
                 if live.rng is not None:
                     live.rng.bit_generator.state = state
@@ -436,7 +522,6 @@ class QueryEngine:
         final: Response,
         status: Status,
         removal: Removal | None = None,
-        info: dict[str, Any] | None = None,
     ) -> AttackResult:
         sample, removal = live.sample, removal or Removal()
         removed = removed_elements(removal, sample.layouts)
@@ -458,9 +543,144 @@ class QueryEngine:
             removed={name: bits.bit_count() for name, bits in removed.items()},
             total={name: layout.count for name, layout in sample.layouts.items()},
             ledger=live.ledger,
-            info=info or {},
+            kind=self.attack.kind,
+            proven=live.view.proven if live.view else None,
+            trajectory=live.trajectory,
+            info=live.view.info if live.view else {},
             media=media,
         )
+
+    # -- work on whole batches -----------------------------------------------------------------------------
+
+    def _answer_together(self, live: _Live, asked: Together) -> Generator[list[_Question], None, Any]:
+        if asked.phase in OWN_PHASES:
+            raise MuroanError(
+                f"{self.attack.name} asks under the phase {asked.phase!r}, which is the engine's own: name another"
+            )
+        work = self._works.get(asked.function)
+        if work is None:
+            work = self._works[asked.function] = partial(self._together, asked)
+        yield [_Question(live, work=work)]
+        told, live.told = live.told, None
+        if isinstance(told, BudgetExhausted):
+            raise told
+        return told
+
+    def _together(self, asked: Together, lives: list[_Live]) -> list[Any]:
+        """Run an attack's function over the samples of a batch and enter its passes into their ledgers.
+
+        Out of memory, the batch is halved for good, and the function run anew on both halves, with the random
+        generators as they were.
+        """
+        if len(lives) > self.batch_size:
+            return self._together(asked, lives[: self.batch_size]) + self._together(asked, lives[self.batch_size :])
+        states = [live.rng.bit_generator.state for live in lives if live.rng is not None]
+        # Lightning tests in inference mode, in which nothing can be differentiated.
+        with torch.inference_mode(False), torch.no_grad():
+            target = self._target(lives)
+            try:
+                told: list[Any] = list(asked.function(target))
+                if len(told) != len(lives):
+                    raise MuroanError(
+                        f"{self.attack.name} was given {len(lives)} samples and returned {len(told)} answers"
+                    )
+            except BudgetExhausted as refusal:
+                told = [refusal] * len(lives)
+            except torch.OutOfMemoryError:
+                self._halve(len(lives))
+                for live, state in zip(lives, states, strict=True):
+                    live.rng.bit_generator.state = state  # type: ignore[union-attr]
+                return self._together(asked, lives)
+        self.statistics.rows += int(target.forwards.sum())
+        for row, live in enumerate(lives):
+            count = live.ledger.setdefault(asked.phase, Count())
+            queries, flip = int(target.queries[row]), int(target.first_flip[row])
+            count.queries += queries
+            count.forwards += int(target.forwards[row])
+            count.backwards += int(target.backwards[row])
+            if flip and not live.trajectory and self.attack.kind != "removal":
+                live.trajectory.append((live.queries + flip, float("nan")))
+            live.budget -= queries
+            live.queries += queries
+            if live.budget < 2 and told[row] is None:
+                told[row] = BudgetExhausted()
+        return told
+
+    def _target(self, lives: list[_Live]) -> Target:
+        store = self._store
+        slots = self._tensor([live.slot for live in lives])
+
+        def rows(room: Tensor) -> Tensor:
+            return room[slots].clone()  # a tensor of its own, also where the store was filled in inference mode
+
+        dtype = store.dtype
+        assert store.embedding is not None
+        inputs = {name: rows(room) for name, room in store.inputs.items()}
+        features = {
+            name: map_features(lambda t: rows(t).to(dtype) if t.is_floating_point() else rows(t), found)
+            for name, found in store.features.items()
+        }
+        logits = torch.as_tensor(np.stack([live.view.clean.logits for live in lives if live.view]))
+        donors = {
+            name: torch.stack([donor.inputs[name] for donor in self.donors]).to(self.device)
+            for name in (self.model.modalities if self.donors else ())
+        }
+        return Target(
+            self.model,
+            [live.view for live in lives if live.view],
+            inputs,
+            store.labels[slots].clone(),
+            [live.budget for live in lives],
+            features,
+            Prediction(rows(store.embedding), logits.to(self.device, dtype)),
+            {name: x.to(dtype) if x.is_floating_point() else x for name, x in donors.items()},
+        )
+
+    @torch.inference_mode()
+    def _verify(self, lives: list[_Live]) -> list[tuple[Response, dict[str, Tensor], dict[str, Layout]]]:
+        """What the model says to the perturbation of each sample, its inputs and layouts."""
+        answers = []
+        for live in lives:
+            found: Perturbation = live.told
+            changed = {name: x.detach().to("cpu") for name, x in found.inputs.items()}
+            layouts: dict[str, Layout] = {}
+            for name, words in found.words.items():
+                changed[name], layouts[name] = self.model.modalities[name].prepare(" ".join(words))
+            for name, x in changed.items():
+                expected = live.sample.inputs.get(name)
+                if expected is None or expected.shape != x.shape or not torch.isfinite(x).all():
+                    shape = None if expected is None else tuple(expected.shape)
+                    raise MuroanError(
+                        f"{self.attack.name} returned {name!r} of shape {tuple(x.shape)}, expected finite values of "
+                        f"shape {shape}"
+                    )
+            whole = {**live.sample.inputs, **changed}
+            answers.append((whole, changed, {**live.sample.layouts, **layouts}))
+        dtype = self._store.dtype
+        batch = {}
+        for name in self.model.modalities:
+            stacked = torch.stack([whole[name] for whole, _, _ in answers]).to(self.device)
+            batch[name] = stacked.to(dtype) if stacked.is_floating_point() else stacked
+        autocast = AUTOCAST[self.precision]
+        with torch.autocast(self.device.type, autocast) if autocast else nullcontext():
+            prediction = self.model(batch)
+        packed = self._numbers(prediction, self._tensor([live.slot for live in lives]))
+        responses = self._responses(packed, prediction.logits.shape[1])
+        return [(r, changed, layouts) for r, (_, changed, layouts) in zip(responses, answers, strict=True)]
+
+    def _halve(self, size: int) -> None:
+        """Go on with batches of half the size, after the device ran out of memory.
+
+        Raises:
+            MuroanError: the batch had one row.
+        """
+        if size == 1:
+            raise MuroanError("the device has too little memory for a batch of one question") from None
+        self.batch_size = (size + 1) // 2
+        self.statistics.out_of_memory += 1
+        warnings.warn(f"out of memory: going on with batches of {self.batch_size}", stacklevel=3)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     # -- the model -----------------------------------------------------------------------------------------
 
@@ -474,13 +694,7 @@ class QueryEngine:
                 self._checked = True
                 self._check_repeatable(questions, packed, classes)
         except torch.OutOfMemoryError:
-            if len(questions) == 1:
-                raise MuroanError("the device has too little memory for a batch of one question") from None
-            self.batch_size = (len(questions) + 1) // 2
-            self.statistics.out_of_memory += 1
-            warnings.warn(f"out of memory: going on with batches of {self.batch_size}", stacklevel=2)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            self._halve(len(questions))
             return self._ask(questions)
         if not np.isfinite(packed).all():
             row = int(np.argmax(~np.isfinite(packed).all(1)))
@@ -489,11 +703,14 @@ class QueryEngine:
                 f"(removed: {questions[row].removal.regions or 'nothing'}): logits "
                 f"{packed[row, :classes].tolist()[:8]}; check its weights, or precision=32"
             )
+        return self._responses(packed, classes)
+
+    @staticmethod
+    def _responses(packed: np.ndarray, classes: int) -> list[Response]:
         logits, rest = packed[:, :classes], packed[:, classes:]
-        labels = logits.argmax(1)
         return [
             Response(int(label), float(margin), int(argmax), float(shift), row)
-            for label, (margin, argmax, shift), row in zip(labels, rest, logits, strict=True)
+            for label, (margin, argmax, shift), row in zip(logits.argmax(1), rest, logits, strict=True)
         ]
 
     def _check_repeatable(self, questions: list[_Question], packed: np.ndarray, classes: int) -> None:
@@ -520,19 +737,25 @@ class QueryEngine:
             features = {name: self._encode(name, questions, slots, clean) for name in model.modalities}
             embedding = model.fuse(features)
             logits = model.head(embedding)
-        logits, embedding = logits.float() if dtype else logits, embedding.float() if dtype else embedding
         if clean:
             rows = self._tensor(clean)
-            store.keep_embedding(slots[rows], embedding[rows])
-        assert store.embedding is not None
-        labels = store.labels[slots][:, None]
-        own = logits.gather(1, labels)
-        best_other = logits.scatter(1, labels, float("-inf")).amax(1, keepdim=True)
-        shift = 1 - torch.cosine_similarity(embedding, store.embedding[slots], dim=1)
-        numbers = [logits, own - best_other, embedding.argmax(1, keepdim=True), shift[:, None]]
+            store.keep_embedding(slots[rows], embedding[rows].float() if dtype else embedding[rows])
         self.statistics.batches += 1
         self.statistics.rows += len(questions)
-        return torch.cat([n.double() for n in numbers], 1).cpu().numpy(), logits.shape[1]
+        return self._numbers(Prediction(embedding, logits), slots), logits.shape[1]
+
+    def _numbers(self, prediction: Prediction, slots: Tensor) -> np.ndarray:
+        """(B, C + 3) logits, margin, embedding argmax and embedding shift of predictions about the slots' samples."""
+        embedding, logits = prediction
+        if AUTOCAST[self.precision]:
+            embedding, logits = embedding.float(), logits.float()
+        clean = self._store.embedding
+        assert clean is not None
+        labels = self._store.labels[slots]
+        margin = Target.margin(Prediction(embedding, logits), labels)
+        shift = 1 - torch.cosine_similarity(embedding, clean[slots], dim=1)
+        numbers = [logits, margin[:, None], embedding.argmax(1, keepdim=True), shift[:, None]]
+        return torch.cat([n.double() for n in numbers], 1).cpu().numpy()
 
     def _encode(self, name: str, questions: list[_Question], slots: Tensor, clean: list[int]) -> Features:
         """Features (B, ...) of one modality: encoded where touched, else from the slots.
@@ -598,6 +821,8 @@ def evaluate(
     device: str | torch.device | None = None,
     precision: str = "32",
     seed: int = 0,
+    donors: Sequence[Sample] = (),
+    still_valid: StillValid | None = None,
     progress: bool = False,
 ) -> list[AttackResult]:
     """Attack every sample of a dataset; the whole of MUROAN in one call, without Lightning or Hydra.
@@ -605,7 +830,7 @@ def evaluate(
     Args:
         model: is put into evaluation mode and moved to `device`, if one is given.
         dataset: samples as the model takes them, such as `EasyVQA().prepared("test")`.
-        threat_model, batch_size, precision, seed: see `QueryEngine`.
+        threat_model, batch_size, precision, seed, donors, still_valid: see `QueryEngine`.
         progress: show a progress bar.
 
     Returns:
@@ -617,7 +842,9 @@ def evaluate(
     from tqdm.auto import tqdm
 
     model = model.eval() if device is None else model.eval().to(device)
-    engine = QueryEngine(model, attack, threat_model, batch_size, precision, seed)
+    engine = QueryEngine(
+        model, attack, threat_model, batch_size, precision, seed, donors=donors, still_valid=still_valid
+    )
     total = len(dataset) if hasattr(dataset, "__len__") else None  # type: ignore[arg-type]
     results, flipped, attacked = [], 0, 0
     with tqdm(total=total, desc=attack.name, unit="sample", disable=not progress) as bar:

@@ -286,6 +286,10 @@ class Modality(ABC):
         """
         return None
 
+    def span(self) -> tuple[Tensor, Tensor]:
+        """The lowest and highest value of a prepared continuous input, one a channel (or one)."""
+        raise NotImplementedError(f"{type(self).__name__} has no range of values")
+
     def check_replacement(self, name: str, replacement: str) -> None:
         if replacement not in self.replacements:
             raise MuroanError(
@@ -362,6 +366,10 @@ class Image(Modality):
         mask = box_mask(boxes, self.size)[:, None]
         return x.masked_fill(mask, 0) if baseline is None else torch.where(mask, baseline, x)
 
+    def span(self) -> tuple[Tensor, Tensor]:
+        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+        return (0 - mean) / std, (1 - mean) / std
+
     def display(self, x: Tensor, layout: Layout) -> dict[str, Any]:
         scale = torch.tensor(self.std)[:, None, None], torch.tensor(self.mean)[:, None, None]
         pixels = (x.detach().float().cpu() * scale[0] + scale[1]).clamp(0, 1).mul(255).round().byte()
@@ -413,6 +421,9 @@ class Audio(Modality):
         if replacement == "delete":
             return delete_positions(x, mask, 0.0)
         return x.masked_fill(mask, 0) if baseline is None else torch.where(mask, baseline, x)
+
+    def span(self) -> tuple[Tensor, Tensor]:
+        return torch.tensor([-1.0]), torch.tensor([1.0])
 
     def display(self, x: Tensor, layout: Layout) -> dict[str, Any]:
         wave = x.detach().float().cpu().numpy()[: layout.grid[0]]

@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from muroan.attacks.base import Kind
 from muroan.errors import MuroanError
 from muroan.modalities import Region, Removal
 
 Status = Literal["flipped", "held", "budget_exhausted", "skipped"]
-Kind = Literal["removal", "perturbation", "corruption"]
 
 
 @dataclass(slots=True)
@@ -55,6 +55,7 @@ class AttackResult:
             what a budget of fewer queries would have had in hand.
         info: what this attack adds of its own.
         media: what a report needs to draw the sample, a modality; only for the first samples.
+        perturbed_media: the same of what a perturbation made of it.
     """
 
     id: str
@@ -77,6 +78,7 @@ class AttackResult:
     trajectory: list[tuple[int, float]] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
     media: dict[str, Any] | None = None
+    perturbed_media: dict[str, Any] | None = None
 
     @property
     def removal(self) -> Removal:

@@ -17,12 +17,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from muroan.attacks.target import BudgetExhausted, Perturbation, Target
 from muroan.errors import MuroanError
 from muroan.modalities import Layout, Modality, Region, Removal, removed_elements
+
+__all__ = ["Ask", "Attack", "AttackedSample", "BatchAttack", "BudgetExhausted", "Perturbation", "Response", "Search"]
+__all__ += ["Target", "ThreatModel", "Together"]
+
+Kind = Literal["removal", "perturbation", "corruption"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,21 +67,24 @@ class Ask:
     until: Callable[[Response], bool] | None = None
 
 
-Search = Generator[Ask | Sequence[Removal], list[Response], Removal | None]
+@dataclass(slots=True)
+class Together:
+    """A question that needs the model itself, asked for many samples at once.
 
-
-class BudgetExhausted(Exception):
-    """Raised inside a search at the question that `max_queries` no longer allows.
-
-    A search may catch it and return the best removal that it knows; what it asks after that is refused again.
+    The engine runs `function` over a full batch of the samples whose searches ask it; what it returns, one item a
+    sample, is what each search gets. The passes that the function makes are counted a row.
 
     Attributes:
-        responses: answers to those questions of the refused `Ask` that were still within the budget.
+        function: the same object for all samples, such as a method of the attack.
+        phase: under which the ledger counts the passes.
     """
 
-    def __init__(self, responses: list[Response]):
-        super().__init__("max_queries reached")
-        self.responses = responses
+    function: Callable[[Target], Sequence[Any]]
+    phase: str = "search"
+
+
+# What comes back from an `Ask` is a list of responses, from a `Together` this sample's item.
+Search = Generator[Ask | Together | Sequence[Removal], Any, Removal | Perturbation | None]
 
 
 @dataclass(frozen=True)
@@ -123,6 +132,8 @@ class AttackedSample:
         modalities, layouts: what the input is made of.
         threat_model: complete.
         rng: this sample's own; its draws depend on the seed, the attack and the sample's id alone.
+        valid: whether the label is still right after a removal, says the dataset; None where it cannot tell.
+        proven: a search may set whether it asked every smaller removal; see `AttackResult.proven`.
         info: a search may write what it wants recorded, as plain JSON.
     """
 
@@ -133,6 +144,8 @@ class AttackedSample:
     layouts: Mapping[str, Layout]
     threat_model: ThreatModel
     rng: np.random.Generator
+    valid: Callable[[Removal], bool | None] | None = None
+    proven: bool | None = None
     info: dict[str, Any] = field(default_factory=dict)
     _universes: dict[tuple[str, ...], list[Region]] = field(default_factory=dict, repr=False)
 
@@ -183,9 +196,16 @@ class AttackedSample:
 
 
 class Attack(ABC):
-    """Base of every attack. Its name in records is the class name in snake case unless it sets `name`."""
+    """Base of every attack. Its name in records is the class name in snake case unless it sets `name`.
+
+    Attributes:
+        kind: what its search returns; see `AttackResult.kind`.
+        needs_donors: whether it takes parts from other samples; see `Target.donors`.
+    """
 
     name = ""
+    kind: Kind = "removal"
+    needs_donors = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -195,3 +215,40 @@ class Attack(ABC):
     @abstractmethod
     def search(self, sample: AttackedSample) -> Search:
         """Yield removals to ask, get their responses, return a removal that flips the label, or None."""
+
+    def attackable(self, label: int, classes: int) -> bool:
+        """Whether a sample of this true class can be attacked at all; one that cannot is skipped.
+
+        Raises:
+            MuroanError: the attack does not fit a model of so many classes.
+        """
+        return True
+
+    def reached(self, label: int, response: Response) -> bool:
+        """Whether a response is what the attack is after; the engine judges its result by this.
+
+        Args:
+            label: the true class.
+        """
+        return response.label != label
+
+
+class BatchAttack(Attack):
+    """Base of attacks that choose new values and work on a whole batch: they follow gradients, or query values.
+
+    class SignStep(BatchAttack):
+        def perturb(self, target):
+            _, gradients = target.gradient(target.margin, of=["image"])
+            x = target.inputs["image"] - 0.1 * gradients["image"].sign()
+            return target.perturbations({"image": x})
+    """
+
+    name = ""
+    kind: Kind = "perturbation"
+
+    @abstractmethod
+    def perturb(self, target: Target) -> Sequence[Perturbation | None]:
+        """One perturbation a sample of the batch, in order; None where nothing was found."""
+
+    def search(self, sample: AttackedSample) -> Search:
+        return (yield Together(self.perturb))

@@ -1,0 +1,288 @@
+"""The model as an attack on a batch sees it: clean inputs, and forward and backward passes that are counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from muroan.errors import MuroanError
+from muroan.modalities import Text
+from muroan.models.base import Features, MultimodalModel, Prediction, map_features
+
+if TYPE_CHECKING:
+    from muroan.attacks.base import AttackedSample
+
+
+@dataclass(frozen=True, slots=True)
+class Perturbation:
+    """One sample's input with values of an attack's choosing. Modalities that are not named stay clean.
+
+    Attributes:
+        inputs: (*shape) a continuous modality, as the model takes it.
+        words: for a text, the words that it shall have.
+    """
+
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    words: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+
+class BudgetExhausted(Exception):
+    """Raised inside a search at the question that `max_queries` no longer allows.
+
+    A search may catch it and return the best removal that it knows; what it asks after that is refused again.
+
+    Attributes:
+        responses: answers to those questions of the refused `Ask` that were still within the budget.
+    """
+
+    def __init__(self, responses: Sequence[Any] = ()):
+        super().__init__("max_queries reached")
+        self.responses = list(responses)
+
+
+Loss = Callable[[Prediction, Tensor], Tensor]
+
+
+class Target:
+    """A batch of B samples under attack and the model that they attack.
+
+    A forward pass is a query a row, and so is a backward pass. A pass that the budget of any of its rows does not
+    allow raises `BudgetExhausted` before it is made: see `left`.
+
+    Attributes:
+        samples: (B) what is known of each; draw from `samples[i].rng`, so that results do not depend on the batch.
+        inputs: (B, *shape) clean inputs, a modality.
+        labels: (B,) the true classes, which the model predicts.
+        clean: its prediction, (B, D) and (B, C).
+        donors: (M, *shape) a modality, inputs of M samples that are not attacked, to take parts from.
+        queries, forwards, backwards: (B,) passes so far.
+        first_flip: (B,) queries at the first pass whose prediction was not the label; 0 where there was none.
+    """
+
+    def __init__(
+        self,
+        model: MultimodalModel,
+        samples: Sequence[AttackedSample],
+        inputs: Mapping[str, Tensor],
+        labels: Tensor,
+        budgets: Sequence[float],
+        features: Mapping[str, Features],
+        clean: Prediction,
+        donors: Mapping[str, Tensor],
+    ):
+        self.model, self.samples = model, list(samples)
+        self.inputs, self.labels, self.clean, self.donors = dict(inputs), labels, clean, dict(donors)
+        self._budgets, self._features = np.array(budgets, dtype=float), dict(features)
+        self.queries = np.zeros(len(samples), dtype=int)
+        self.forwards, self.backwards, self.first_flip = (np.zeros_like(self.queries) for _ in range(3))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def device(self) -> torch.device:
+        return self.labels.device
+
+    @property
+    def continuous(self) -> list[str]:
+        """The modalities that have values to change."""
+        return [n for n, m in self.model.modalities.items() if not isinstance(m, Text)]
+
+    @property
+    def texts(self) -> list[str]:
+        return [n for n, m in self.model.modalities.items() if isinstance(m, Text)]
+
+    def select(self, modalities: Sequence[str] | None, among: Sequence[str], what: str) -> list[str]:
+        """The chosen modalities, or all of `among`.
+
+        Raises:
+            MuroanError: one of the chosen is not among them, or there is none; `what` names the kind in the message.
+        """
+        chosen = list(among) if modalities is None else list(modalities)
+        wrong = [name for name in chosen if name not in among]
+        if wrong or not chosen:
+            raise MuroanError(
+                f"this attack changes {what}; the model has {list(among) or 'none'}, attack.modalities names "
+                f"{wrong or chosen}: choose another attack or modality"
+            )
+        return chosen
+
+    def left(self) -> np.ndarray:
+        """(B,) queries that each row may still make; infinite without a budget."""
+        return self._budgets - self.queries
+
+    def steps(self, cost: int, most: int) -> int:
+        """How many steps of so many queries every row can afford, at most `most`."""
+        return int(min(most, self.left().min() // cost))
+
+    # -- passes ---------------------------------------------------------------------------------------------
+
+    def predict(self, inputs: Mapping[str, Tensor], rows: Tensor | None = None) -> Prediction:
+        """One forward pass of some rows; what is not in `inputs` stays clean.
+
+        Args:
+            inputs: (n, *shape) a changed modality.
+            rows: (n,) which sample each is of, a row may come several times; all samples in order without it.
+
+        Returns:
+            (n, D) and (n, C), without gradients.
+        """
+        rows = self._rows(rows)
+        self._spend(rows, forwards=1)
+        with torch.no_grad():
+            prediction = self._run(inputs, rows)
+        self._watch(prediction, rows)
+        return prediction
+
+    def gradient(
+        self,
+        loss: Loss,
+        inputs: Mapping[str, Tensor] | None = None,
+        rows: Tensor | None = None,
+        of: Sequence[str] = (),
+        scale: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Prediction, dict[str, Tensor]]:
+        """One forward and one backward pass.
+
+        Args:
+            loss: takes the prediction and the labels (n,), returns (n,) losses, each of its own row alone.
+            inputs, rows: as in `predict`.
+            of: modalities to differentiate by: (n, *shape) for a continuous one; for a text, its word embeddings.
+            scale: (n,) a text in `of`: factors that its word embeddings are multiplied by.
+
+        Returns:
+            The prediction, detached, and the gradient of each row's loss by its input, a modality: (n, *shape), or
+            (n, T, E) for a text.
+
+        Raises:
+            MuroanError: the model has no embedding table to differentiate by, or its answer does not depend on an
+                input in a way that can be differentiated.
+        """
+        rows = self._rows(rows)
+        self._spend(rows, forwards=1, backwards=1)
+        given = dict(inputs or {})
+        leaves: dict[str, Tensor] = {}
+        with torch.enable_grad(), ExitStack() as hooks:
+            for name in of:
+                if name in self.texts:
+                    by = None if scale is None else scale.get(name)
+                    hooks.enter_context(_Embedded(self.model, name, leaves, by))
+                    given.setdefault(name, self.inputs[name][rows])
+                else:
+                    leaves[name] = given.get(name, self.inputs[name][rows]).detach().clone().requires_grad_()
+                    given[name] = leaves[name]
+            prediction = self._run(given, rows)
+            total = loss(prediction, self.labels[rows]).sum()
+            if not total.requires_grad:
+                raise MuroanError(
+                    "the model's answer has no gradient by its inputs: choose an attack that only asks, such as "
+                    "decoupling or sparse_rs"
+                )
+            found = torch.autograd.grad(total, [leaves[name] for name in of], allow_unused=True)
+        missing = [name for name, g in zip(of, found, strict=True) if g is None]
+        if missing:
+            raise MuroanError(f"the model's answer does not depend on {missing} in a way that can be differentiated")
+        prediction = Prediction(prediction.embedding.detach(), prediction.logits.detach())
+        self._watch(prediction, rows)
+        return prediction, {name: g.detach() for name, g in zip(of, found, strict=True) if g is not None}
+
+    def embedded(self, name: str) -> Tensor:
+        """(B, T, E) the clean word embeddings of a text; costs nothing, the table is the model's own."""
+        table = embedding_table(self.model, name)
+        with torch.no_grad():
+            return table(self.inputs[name])
+
+    @staticmethod
+    def margin(prediction: Prediction, labels: Tensor) -> Tensor:
+        """(n,) logit of the label minus the best other one: negative when flipped."""
+        own = prediction.logits.gather(1, labels[:, None])
+        other = prediction.logits.scatter(1, labels[:, None], float("-inf")).amax(1, keepdim=True)
+        return (own - other)[:, 0]
+
+    def flipped(self, prediction: Prediction, rows: Tensor | None = None) -> Tensor:
+        """(n,) bool."""
+        return prediction.logits.argmax(1) != self.labels[self._rows(rows)]
+
+    def perturbations(self, inputs: Mapping[str, Tensor]) -> list[Perturbation]:
+        """The rows of (B, *shape) changed inputs as perturbations."""
+        return [Perturbation({name: x[i].detach() for name, x in inputs.items()}) for i in range(len(self))]
+
+    def span(self, name: str) -> tuple[Tensor, Tensor]:
+        """The range of values that a prepared input can have, low and high, shaped to broadcast over (B, *shape)."""
+        low, high = self.model.modalities[name].span()
+        shape = (1, -1, *(1 for _ in self.inputs[name].shape[2:])) if self.inputs[name].ndim > 2 else (1, 1)
+        like = self.inputs[name]
+        return low.to(like).reshape(shape), high.to(like).reshape(shape)
+
+    # -- inside ---------------------------------------------------------------------------------------------
+
+    def _rows(self, rows: Tensor | None) -> Tensor:
+        return torch.arange(len(self), device=self.device) if rows is None else rows
+
+    def _spend(self, rows: Tensor, forwards: int, backwards: int = 0) -> None:
+        times = np.bincount(rows.cpu().numpy(), minlength=len(self))
+        if (times * (forwards + backwards) > self.left()).any():
+            raise BudgetExhausted
+        self.queries += times * (forwards + backwards)
+        self.forwards += times * forwards
+        self.backwards += times * backwards
+
+    def _run(self, inputs: Mapping[str, Tensor], rows: Tensor) -> Prediction:
+        features: dict[str, Features] = {}
+        for name in self.model.modalities:
+            if name in inputs:
+                expected = (len(rows), *self.model.modalities[name].shape)
+                if tuple(inputs[name].shape) != expected:
+                    raise MuroanError(f"{name} must have shape {expected}, got {tuple(inputs[name].shape)}")
+                features[name] = self.model.encode(name, inputs[name])
+            else:
+                features[name] = map_features(lambda room: room[rows], self._features[name])
+        embedding = self.model.fuse(features)
+        return Prediction(embedding, self.model.head(embedding))
+
+    def _watch(self, prediction: Prediction, rows: Tensor) -> None:
+        wrong = rows[self.flipped(prediction, rows)].unique().cpu().numpy()
+        new = wrong[self.first_flip[wrong] == 0]
+        self.first_flip[new] = self.queries[new]
+
+
+def embedding_table(model: nn.Module, name: str) -> nn.Embedding:
+    """The table of word embeddings of a model's text: the one `nn.Embedding` that has a row a token.
+
+    Raises:
+        MuroanError: there is none, or more than one.
+    """
+    size = model.modalities[name].tokenizer.size  # type: ignore[union-attr, index, operator]
+    tables = {id(m): m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == size}
+    if len(tables) != 1:
+        raise MuroanError(
+            f"a gradient by the words of {name!r} needs the model's one nn.Embedding with a row for each of {size} "
+            f"tokens, found {len(tables)}: choose an attack that needs no gradient of words"
+        )
+    return next(iter(tables.values()))
+
+
+class _Embedded:
+    """While it is open, the word embeddings of a text are a leaf that gradients reach."""
+
+    def __init__(self, model: nn.Module, name: str, leaves: dict[str, Tensor], scale: Tensor | None):
+        self.table, self.name, self.leaves, self.scale = embedding_table(model, name), name, leaves, scale
+
+    def __enter__(self) -> None:
+        def replace(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
+            leaf = output.detach().clone()
+            if self.scale is not None:
+                leaf = leaf * self.scale[:, None, None].to(leaf)
+            self.leaves[self.name] = leaf.requires_grad_()
+            return self.leaves[self.name]
+
+        self.handle = self.table.register_forward_hook(replace)
+
+    def __exit__(self, *_: object) -> None:
+        self.handle.remove()
