@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Two test processes with a thread each use two cores better than one process with two threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
-.PHONY: demo test test-all lint format benchmark clean
+.PHONY: demo test test-all test-peers lint format benchmark clean
 
 .venv/installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv
@@ -13,14 +13,25 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 demo: .venv/installed
 	$(BIN)/muroan train experiment=demo
-	$(BIN)/muroan attack -m experiment=demo attack=decoupling_reference,random_removal
+	$(BIN)/muroan attack -m experiment=demo attack=decoupling,decoupling_reference,random_removal
 	$(BIN)/muroan report experiment=demo
 
 test: .venv/installed
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu and not peers"
 
 test-all: .venv/installed
 	$(PYTEST)
+
+# Other libraries' attacks beside ours; an environment of its own, since nothing else needs them.
+.venv-peers/installed: setup.cfg constraints.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install -q -c constraints.txt -e '.[test,peers]'
+# adv-lib requires torchvision, which the one file that we compare with does not import.
+	.venv-peers/bin/python -m pip install -q --no-deps adv-lib
+	touch $@
+
+test-peers: .venv-peers/installed
+	OMP_NUM_THREADS=1 .venv-peers/bin/python -m pytest -q -m peers tests/peers
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -35,4 +46,4 @@ benchmark: .venv/installed
 	$(BIN)/python benchmarks/engine.py
 
 clean:
-	rm -rf .venv outputs build *.egg-info
+	rm -rf .venv .venv-peers outputs build *.egg-info

@@ -32,14 +32,14 @@ HELP = """\
 MUROAN, the MUltimodal RObustness ANalyzer: how few image regions, words or sounds flip a multimodal model.
 
   muroan train   model=mmbt dataset=easy_vqa              train a target model
-  muroan attack  model=mmbt dataset=easy_vqa              attack it (attack=decoupling_reference)
+  muroan attack  model=mmbt dataset=easy_vqa              attack it (attack=decoupling)
   muroan report  runs=[outputs/attack]                    tables, plots and an HTML page of all attack runs
   muroan compare runs=[outputs/attack]                    attacks side by side, tested in pairs; Markdown, LaTeX, CSV
 
 Every command takes Hydra overrides, and -m to sweep over several values of them:
 
-  muroan attack -m model=mmbt,concat attack=decoupling_reference,random_removal seed=0,1,2
-  muroan attack attack.coupling=pairs threat_model.replacement.image=blur threat_model.max_queries=500
+  muroan attack -m model=mmbt,concat attack=decoupling,decoupling_reference seed=0,1,2
+  muroan attack attack.objective=parts threat_model.replacement.image=blur threat_model.max_queries=2000
   muroan attack device=ddp tracker=wandb                  all GPUs of this machine, tracked in Weights & Biases
   muroan attack --cfg job                                 print the whole configuration and stop
 """
@@ -332,6 +332,8 @@ def attack(config: DictConfig) -> None:
     if folder.finished and folder.matches(run):
         log.info("already finished: %s (rerun=true runs it again)", folder.path)
         return
+    if isinstance(config.attack.get("target"), str):
+        config.attack.target = class_index(config.attack.target, data.classes)
     callback = AttackCallback(
         instantiate(config.attack),
         folder.path,
@@ -348,6 +350,18 @@ def attack(config: DictConfig) -> None:
     trainer.test(MultimodalModule(model), data, verbose=False)
     if trainer.is_global_zero:
         finish_attack(folder, callback.records, data.classes, logger)
+
+
+def class_index(name: str, classes: Sequence[str]) -> int:
+    """The index of a class by its name.
+
+    Raises:
+        MuroanError: there is no such class.
+    """
+    if name not in classes:
+        shown = ", ".join(classes[:20]) + (", …" if len(classes) > 20 else "")
+        raise MuroanError(f"attack.target={name}: the dataset has no such class; it has {shown}")
+    return list(classes).index(name)
 
 
 def finish_attack(folder: RunFolder, records: Sequence[AttackResult], classes: Sequence[str], logger: Any) -> None:

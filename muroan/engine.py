@@ -11,7 +11,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -413,7 +413,9 @@ class QueryEngine:
         for name, x in inputs.items():
             before, layout = live.sample.inputs[name], live.sample.layouts[name]
             after = x.cpu()
-            if layout.words:
+            if layout.words and name in found.inputs:  # by the tokens: the words are only for show
+                changed = sum(not torch.equal(after[a:b], before[a:b]) for a, b in layout.spans)
+            elif layout.words:
                 pairs = list(zip(layout.words, layouts[name].words, strict=False))
                 changed = sum(a != b for a, b in pairs) + abs(len(layout.words) - len(layouts[name].words))
             else:
@@ -634,6 +636,7 @@ class QueryEngine:
             features,
             Prediction(rows(store.embedding), logits.to(self.device, dtype)),
             {name: x.to(dtype) if x.is_floating_point() else x for name, x in donors.items()},
+            {name: [donor.layouts[name].words for donor in self.donors] for name in donors},
         )
 
     @torch.inference_mode()
@@ -645,7 +648,10 @@ class QueryEngine:
             changed = {name: x.detach().to("cpu") for name, x in found.inputs.items()}
             layouts: dict[str, Layout] = {}
             for name, words in found.words.items():
-                changed[name], layouts[name] = self.model.modalities[name].prepare(" ".join(words))
+                if name in found.inputs:
+                    layouts[name] = replace(live.sample.layouts[name], words=tuple(words))
+                else:
+                    changed[name], layouts[name] = self.model.modalities[name].prepare(" ".join(words))
             for name, x in changed.items():
                 expected = live.sample.inputs.get(name)
                 if expected is None or expected.shape != x.shape or not torch.isfinite(x).all():
@@ -709,8 +715,8 @@ class QueryEngine:
     def _responses(packed: np.ndarray, classes: int) -> list[Response]:
         logits, rest = packed[:, :classes], packed[:, classes:]
         return [
-            Response(int(label), float(margin), int(argmax), float(shift), row)
-            for label, (margin, argmax, shift), row in zip(logits.argmax(1), rest, logits, strict=True)
+            Response(int(label), float(margin), int(argmax), float(shift), row, float(lead))
+            for label, (margin, argmax, shift, lead), row in zip(logits.argmax(1), rest, logits, strict=True)
         ]
 
     def _check_repeatable(self, questions: list[_Question], packed: np.ndarray, classes: int) -> None:
@@ -727,7 +733,7 @@ class QueryEngine:
 
     @torch.inference_mode()
     def _forward(self, questions: list[_Question]) -> tuple[np.ndarray, int]:
-        """Run a batch: (B, C + 3) logits, margin, embedding argmax and embedding shift; and C."""
+        """Run a batch: (B, C + 4) logits and what `_numbers` adds; and C."""
         store, model = self._store, self.model
         dtype = AUTOCAST[self.precision]
         slots = self._tensor([q.live.slot for q in questions])
@@ -745,7 +751,7 @@ class QueryEngine:
         return self._numbers(Prediction(embedding, logits), slots), logits.shape[1]
 
     def _numbers(self, prediction: Prediction, slots: Tensor) -> np.ndarray:
-        """(B, C + 3) logits, margin, embedding argmax and embedding shift of predictions about the slots' samples."""
+        """(B, C + 4) logits, margin, embedding argmax, shift and margin of predictions about the slots' samples."""
         embedding, logits = prediction
         if AUTOCAST[self.precision]:
             embedding, logits = embedding.float(), logits.float()
@@ -754,7 +760,9 @@ class QueryEngine:
         labels = self._store.labels[slots]
         margin = Target.margin(Prediction(embedding, logits), labels)
         shift = 1 - torch.cosine_similarity(embedding, clean[slots], dim=1)
-        numbers = [logits, margin[:, None], embedding.argmax(1, keepdim=True), shift[:, None]]
+        # How far the largest entry of the clean embedding leads the others: a margin, as of a class.
+        lead = Target.margin(Prediction(embedding, embedding), clean[slots].argmax(1))
+        numbers = [logits, margin[:, None], embedding.argmax(1, keepdim=True), shift[:, None], lead[:, None]]
         return torch.cat([n.double() for n in numbers], 1).cpu().numpy()
 
     def _encode(self, name: str, questions: list[_Question], slots: Tensor, clean: list[int]) -> Features:

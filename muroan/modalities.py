@@ -290,6 +290,15 @@ class Modality(ABC):
         """The lowest and highest value of a prepared continuous input, one a channel (or one)."""
         raise NotImplementedError(f"{type(self).__name__} has no range of values")
 
+    def check_min_side(self, name: str, min_side: int) -> None:
+        """Raises MuroanError where regions of that size could not be made of any input."""
+        longest = max(self.shape[-2:])
+        if min_side > longest:
+            raise MuroanError(
+                f"threat_model.min_side.{name}={min_side} is larger than the whole {name} ({longest}): "
+                f"nothing could be split; choose less than {longest}"
+            )
+
     def check_replacement(self, name: str, replacement: str) -> None:
         if replacement not in self.replacements:
             raise MuroanError(

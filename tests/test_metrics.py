@@ -115,7 +115,9 @@ class TestNothingToMeasure:
         assert summary["robust_accuracy"]["value"] == summary["clean_accuracy"]["value"] == 100
         assert summary["curve_area"]["value"] == 0
         assert summary["queries"]["value"] == 8
-        of_flipped = [n for n in summary if n.startswith(("decoupled", "modality", "interaction", "one_minimal", "proven"))]
+        of_flipped = [
+            n for n in summary if n.startswith(("decoupled", "modality", "interaction", "one_minimal", "proven"))
+        ]
         assert len(of_flipped) == 12
         for name in of_flipped:
             assert summary[name] == {"value": None, "low": None, "high": None}, name

@@ -41,6 +41,8 @@ class Response:
         embedding_argmax: position of the largest entry of the fusion embedding.
         embedding_shift: cosine distance of the fusion embedding to the clean one, 0 to 2.
         logits: (C,).
+        embedding_margin: the entry of the fusion embedding that is largest when clean, minus the largest other one;
+            negative when `embedding_argmax` has moved.
     """
 
     label: int
@@ -48,6 +50,7 @@ class Response:
     embedding_argmax: int
     embedding_shift: float
     logits: np.ndarray
+    embedding_margin: float = 0.0
 
 
 @dataclass(slots=True)
@@ -113,6 +116,7 @@ class ThreatModel:
             modality.check_replacement(name, replacement[name])
             if int(min_side[name]) < 1:
                 raise MuroanError(f"threat_model.min_side.{name} must be at least 1, got {min_side[name]}")
+            modality.check_min_side(name, int(min_side[name]))
         if self.max_queries is not None and self.max_queries < 1:
             raise MuroanError(f"threat_model.max_queries must be at least 1 or null, got {self.max_queries}")
         return ThreatModel(replacement, {name: int(side) for name, side in min_side.items()}, self.max_queries)

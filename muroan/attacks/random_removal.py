@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from muroan.attacks.base import Ask, Attack, AttackedSample, Search
+from muroan.attacks.atoms import Smallest
+from muroan.attacks.base import Ask, Attack, AttackedSample, BudgetExhausted, Search
 from muroan.errors import MuroanError
 
 
@@ -21,6 +22,9 @@ class RandomRemoval(Attack):
 
     def search(self, sample: AttackedSample) -> Search:
         removals = [sample.draw(int(sample.rng.integers(1, self.max_parts + 1))) for _ in range(self.draws)]
-        responses = yield Ask(removals, phase="draw")
-        flips = [removal for removal, r in zip(removals, responses, strict=True) if sample.flipped(r)]
-        return min(flips, key=sample.size, default=None)
+        smallest = Smallest(sample)
+        try:
+            smallest.see(removals, (yield Ask(removals, phase="draw")))
+        except BudgetExhausted as refusal:
+            smallest.see(removals, refusal.responses)
+        return smallest.removal

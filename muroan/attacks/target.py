@@ -24,8 +24,8 @@ class Perturbation:
     """One sample's input with values of an attack's choosing. Modalities that are not named stay clean.
 
     Attributes:
-        inputs: (*shape) a continuous modality, as the model takes it.
-        words: for a text, the words that it shall have.
+        inputs: (*shape) a continuous modality, as the model takes it; for a text, token ids, where no words spell them.
+        words: for a text, the words that it shall have; beside token ids, what a report shows.
     """
 
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
@@ -61,6 +61,7 @@ class Target:
         labels: (B,) the true classes, which the model predicts.
         clean: its prediction, (B, D) and (B, C).
         donors: (M, *shape) a modality, inputs of M samples that are not attacked, to take parts from.
+        donor_words: (M) a text, the words of each.
         queries, forwards, backwards: (B,) passes so far.
         first_flip: (B,) queries at the first pass whose prediction was not the label; 0 where there was none.
     """
@@ -75,9 +76,11 @@ class Target:
         features: Mapping[str, Features],
         clean: Prediction,
         donors: Mapping[str, Tensor],
+        donor_words: Mapping[str, Sequence[Sequence[str]]] | None = None,
     ):
         self.model, self.samples = model, list(samples)
         self.inputs, self.labels, self.clean, self.donors = dict(inputs), labels, clean, dict(donors)
+        self.donor_words = dict(donor_words or {})
         self._budgets, self._features = np.array(budgets, dtype=float), dict(features)
         self.queries = np.zeros(len(samples), dtype=int)
         self.forwards, self.backwards, self.first_flip = (np.zeros_like(self.queries) for _ in range(3))
@@ -107,9 +110,11 @@ class Target:
         chosen = list(among) if modalities is None else list(modalities)
         wrong = [name for name in chosen if name not in among]
         if wrong or not chosen:
+            kinds = ", ".join(f"{n} ({type(m).__name__})" for n, m in self.model.modalities.items())
+            named = f", and attack.modalities names {wrong or 'none'}" if modalities is not None else ""
             raise MuroanError(
-                f"this attack changes {what}; the model has {list(among) or 'none'}, attack.modalities names "
-                f"{wrong or chosen}: choose another attack or modality"
+                f"this attack changes {what}: of what the model takes, {kinds}, it can change "
+                f"{', '.join(among) or 'none'}{named}; choose another attack or modality"
             )
         return chosen
 
@@ -121,14 +126,20 @@ class Target:
         """How many steps of so many queries every row can afford, at most `most`."""
         return int(min(most, self.left().min() // cost))
 
+    def able(self, rows: Tensor, cost: int) -> Tensor:
+        """Those of the rows (n,) that can afford so many queries more, each for itself."""
+        return rows[torch.as_tensor(self.left() >= cost, device=self.device)[rows]]
+
     # -- passes ---------------------------------------------------------------------------------------------
 
-    def predict(self, inputs: Mapping[str, Tensor], rows: Tensor | None = None) -> Prediction:
+    def predict(self, inputs: Mapping[str, Tensor], rows: Tensor | None = None, admissible: bool = True) -> Prediction:
         """One forward pass of some rows; what is not in `inputs` stays clean.
 
         Args:
             inputs: (n, *shape) a changed modality.
             rows: (n,) which sample each is of, a row may come several times; all samples in order without it.
+            admissible: whether the attack could return these inputs; False for those that it only learns from (a
+                donor's, a text with a gap), so that another answer to them is no flip. They are queries like others.
 
         Returns:
             (n, D) and (n, C), without gradients.
@@ -137,7 +148,8 @@ class Target:
         self._spend(rows, forwards=1)
         with torch.no_grad():
             prediction = self._run(inputs, rows)
-        self._watch(prediction, rows)
+        if admissible:
+            self._watch(prediction, rows, 1)
         return prediction
 
     def gradient(
@@ -189,7 +201,7 @@ class Target:
         if missing:
             raise MuroanError(f"the model's answer does not depend on {missing} in a way that can be differentiated")
         prediction = Prediction(prediction.embedding.detach(), prediction.logits.detach())
-        self._watch(prediction, rows)
+        self._watch(prediction, rows, 2)
         return prediction, {name: g.detach() for name, g in zip(of, found, strict=True) if g is not None}
 
     def embedded(self, name: str) -> Tensor:
@@ -246,10 +258,17 @@ class Target:
         embedding = self.model.fuse(features)
         return Prediction(embedding, self.model.head(embedding))
 
-    def _watch(self, prediction: Prediction, rows: Tensor) -> None:
-        wrong = rows[self.flipped(prediction, rows)].unique().cpu().numpy()
-        new = wrong[self.first_flip[wrong] == 0]
-        self.first_flip[new] = self.queries[new]
+    def _watch(self, prediction: Prediction, rows: Tensor, cost: int) -> None:
+        """Note first flips. The rows of a pass count as if asked one by one: how they are packed must not show."""
+        flipped = self.flipped(prediction, rows).cpu().numpy()
+        if not flipped.any():
+            return
+        asked = rows.cpu().numpy()
+        at = self.queries - cost * np.bincount(asked, minlength=len(self))
+        for row, flip in zip(asked, flipped, strict=True):
+            at[row] += cost
+            if flip and not self.first_flip[row]:
+                self.first_flip[row] = at[row]
 
 
 def embedding_table(model: nn.Module, name: str) -> nn.Embedding:

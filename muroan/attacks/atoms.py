@@ -1,0 +1,72 @@
+"""The finest regions of a sample, and what the searches that put them together share."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Sequence
+
+import numpy as np
+
+from muroan.attacks.base import Ask, AttackedSample, Response
+from muroan.modalities import Region, Removal
+
+ROUNDING = 1e-5  # margins closer than this may differ by the arithmetic of another batch size alone
+
+
+def atoms(sample: AttackedSample) -> list[Region]:
+    """The regions that the threat model splits no further, in the universe's order.
+
+    They tile the input, so that every removal of the universe is a set of them and sizes add up.
+    """
+    return [region for region in sample.universe() if not sample.split(region)]
+
+
+def ranked(margins: Sequence[float]) -> list[int]:
+    """Positions of margins from the lowest up. Those within `ROUNDING` of the one before keep their order of position.
+
+    >>> ranked([0.3, 0.1 + 1e-9, 0.1, -2.0])
+    [3, 1, 2, 0]
+    """
+    values = np.asarray(margins, dtype=float)
+    order = np.argsort(values, kind="stable")
+    group = np.zeros(len(values), dtype=int)
+    group[order[1:]] = np.cumsum(np.diff(values[order]) > ROUNDING)
+    return sorted(range(len(values)), key=lambda i: (group[i], i))
+
+
+class Smallest:
+    """The smallest flip seen so far, in elements; the first of equals.
+
+    Attributes:
+        removal: None as long as nothing has flipped.
+    """
+
+    def __init__(self, sample: AttackedSample):
+        self.sample = sample
+        self.removal: Removal | None = None
+
+    def see(self, removals: Iterable[Removal], responses: Sequence[Response]) -> bool:
+        """Take note of answers to removals, of which there may be more than answers; whether any flips."""
+        flips = [removal for removal, r in zip(removals, responses, strict=False) if self.sample.flipped(r)]
+        known = [self.removal] if self.removal is not None else []
+        self.removal = min(known + flips, key=self.sample.size, default=None)
+        return bool(flips)
+
+
+def prune(sample: AttackedSample, smallest: Smallest) -> Generator[Ask, list[Response], None]:
+    """Drop parts of the smallest flip, one at a time, until no single part can be dropped.
+
+    The largest parts are tried first, of equals the last added. What is found is noted in `smallest` as it is found.
+    """
+    if smallest.removal is None:
+        return
+    parts = list(smallest.removal.regions)
+    queue = sorted(reversed(parts), key=lambda region: -region.area)
+    while len(queue) > 1:
+        fewer = [Removal(tuple(p for p in parts if p != dropped)) for dropped in queue]
+        responses = yield Ask(fewer, phase="prune", until=sample.flipped)
+        if not smallest.see(fewer, responses):
+            return
+        # The round goes on where it stands; parts that were needed before may no longer be, and come again at its end.
+        tried = len(responses)
+        parts.remove(queue[tried - 1])
+        queue = queue[tried:] + queue[: tried - 1]

@@ -1,0 +1,483 @@
+"""MUROAN's own decoupling attack: the smallest joint removal that flips the prediction, found by queries alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from itertools import combinations
+from typing import Literal
+
+import numpy as np
+from scipy.special import log_ndtr
+
+from muroan.attacks.base import Ask, Attack, AttackedSample, BudgetExhausted, Response, Search
+from muroan.attacks.universe import Universe, ascending_sets
+from muroan.errors import MuroanError
+
+Asking = Generator[Ask, list[Response], None]
+
+# How the search weighs what it knows. All were chosen on validation samples of easy_vqa and digit_sum; success moves
+# by less than a point when any one of them is halved or doubled.
+CHEAP = 0.3  # share of the budget for trying all sets of those atoms that cost next to nothing
+SCREEN = 0.4  # share of the budget after which single regions are no longer screened
+ROUND = 8  # removals an ask: fewer would learn more between asks, more would fill batches better
+POOL = 48  # known removals from which new ones are made, each by adding or putting back one region
+SHORT = 64  # new removals that are looked at closely before a round is chosen
+OWN, OTHER = 0.5, 0.25  # how far an effect may differ in company: shares of its own size, and of its modality's
+FLOOR = 0.02  # and at least this share of the clean margin
+TRUST = 2.0  # answers' worth of trust that effects in company are what they are alone
+FORGET = 0.98  # how fast that trust follows what is seen
+TIE = 1e-6  # scores closer than this are equal and go by position: rounding must not decide a search
+
+
+def ranked(scores: np.ndarray) -> np.ndarray:
+    """Places by falling score; runs of scores that lie within `TIE` of their neighbours go by place."""
+    order = np.argsort(-scores, kind="stable")
+    with np.errstate(invalid="ignore"):
+        new_run = -np.diff(scores[order]) > TIE
+    return order[np.lexsort((order, np.concatenate([[0], np.cumsum(new_run)])))]
+
+
+class Decoupling(Attack):
+    """The strongest decoupling that this project has: removal only, queries only, over any set of modalities.
+
+    The paper (Vishwamitra et al., arXiv 2112.12792) looks for salient datapoints, couples them and takes the first
+    combination that flips. This search keeps that picture and is guided by the margin and the shift of the fusion
+    embedding:
+
+    1. *Cheap atoms*: where all atoms of a kind together cost less than any other one (words beside image regions),
+       their sets are tried by size; the first flip is the proven minimum.
+    2. *Screen*: single regions, coarse to fine over the region tree, those with the largest effect first; whole
+       modalities and their unions too, so that a flip is known where effects alone say nothing.
+    3. *Improve*: every known removal with one region more or one less is a candidate. Its margin is predicted from
+       the nearest known removal and the effects of what lies between, with an uncertainty learned from what earlier
+       predictions missed by. Asked are those with the best chance of a flip times what it would save, so that the
+       same rule grows a removal until it flips and shrinks it afterwards.
+    4. *Prove*: when no more smaller removals are left than the budget allows, all are asked, the smallest first.
+
+    `info` records how many atoms there were, and how many queries went into each of the steps (the ledger's phases).
+
+    Args:
+        objective: what is to be small: `fraction` of all elements removed; `normalised`, the mean over modalities of
+            each one's fraction, so that a word is not worth 1/50,000 of an image; `parts`, the number of regions.
+        modalities: attack these alone; null for all.
+        target: reach this class (an index) instead of any wrong one. Samples of that class are skipped.
+        embedding: without labels: decouple until the largest entry of the fusion embedding is another one (`argmax`),
+            or until its cosine distance to the clean one reaches this number (0 to 2).
+        valid_only: accept and ask only removals after which the label is still right, as the dataset tells.
+        patience: stop after so many queries without a smaller flip.
+
+    Raises:
+        MuroanError: an option that does not exist or does not fit the model; a budget below what the first phase
+            needs.
+    """
+
+    def __init__(
+        self,
+        objective: Literal["fraction", "normalised", "parts"] = "fraction",
+        modalities: Sequence[str] | None = None,
+        target: int | None = None,
+        embedding: Literal["argmax"] | float | None = None,
+        valid_only: bool = False,
+        patience: int = 300,
+    ):
+        if objective not in ("fraction", "normalised", "parts"):
+            raise MuroanError(f"attack.objective must be fraction, normalised or parts, got {objective!r}")
+        if target is not None and embedding is not None:
+            raise MuroanError("attack.target and attack.embedding are two different goals: set one of them to null")
+        if target is not None and (isinstance(target, bool) or not isinstance(target, int)):
+            raise MuroanError(f"attack.target must be the index of a class, got {target!r}")
+        number = isinstance(embedding, int | float) and not isinstance(embedding, bool)
+        if embedding not in (None, "argmax") and not (number and 0 < float(embedding) <= 2):  # type: ignore[arg-type]
+            raise MuroanError(f"attack.embedding must be argmax or a cosine distance in (0, 2], got {embedding!r}")
+        if patience < 1:
+            raise MuroanError(f"attack.patience must be at least 1, got {patience}")
+        self.objective, self.valid_only, self.patience = objective, valid_only, patience
+        self.modalities = None if modalities is None else list(modalities)
+        self.target, self.embedding = target, embedding
+        # A record must not look as if it came from the untargeted, joint attack.
+        goal = ["targeted"] if target is not None else ["embedding"] if embedding is not None else []
+        self.name = "_".join(["decoupling", *(self.modalities or []), *goal])
+
+    # -- the goal -------------------------------------------------------------------------------------------
+
+    def attackable(self, label: int, classes: int) -> bool:
+        if self.target is not None and not 0 <= self.target < classes:
+            raise MuroanError(f"attack.target={self.target}, but the model has the classes 0 to {classes - 1}")
+        return label != self.target
+
+    def reached(self, label: int, response: Response) -> bool:
+        if self.embedding is not None:
+            return self.distance(response) <= 0
+        return response.label != label if self.target is None else response.label == self.target
+
+    def distance(self, response: Response) -> float:
+        """How far a response is from the goal, in units of the margin or the embedding; 0 or less when reached."""
+        if self.embedding == "argmax":
+            return response.embedding_margin
+        if self.embedding is not None:
+            return float(self.embedding) - response.embedding_shift
+        if self.target is not None:
+            others = np.delete(response.logits, self.target)
+            return float(others.max() - response.logits[self.target])
+        return response.margin
+
+    # -- the search -----------------------------------------------------------------------------------------
+
+    def search(self, sample: AttackedSample) -> Search:
+        names = self.modalities or list(sample.modalities)
+        absent = [name for name in names if name not in sample.modalities]
+        if absent:
+            raise MuroanError(f"attack.modalities names {absent}, the model has {list(sample.modalities)}")
+        if self.valid_only and sample.valid is None:
+            raise MuroanError("attack.valid_only needs a dataset that can tell whether a label is still right")
+        hunt = Hunt(self, sample, Universe(sample, names))
+        try:
+            yield from hunt.run()
+        except BudgetExhausted as refusal:
+            hunt.learn(hunt.asking, refusal.responses)
+        sample.info["atoms"] = len(hunt.universe.atoms)
+        if hunt.best is None:
+            return None
+        sample.proven = hunt.proven
+        return hunt.universe.removal(hunt.best)
+
+
+class Hunt:
+    """The search of one sample: what was asked, what came back, and what it tells about the rest.
+
+    Every removal is a set of atoms, a boolean vector (A,); the answers are kept in arrays of P rows, one a removal,
+    of which `known` are filled. Row 0 is the clean input.
+
+    Attributes:
+        best: (A,) the smallest flip so far, None without one; bound: its cost, or what a first flip may cost.
+        proven: whether all removals that are cheaper were asked.
+        effect: (N,) by how much removing each region alone brings the goal nearer.
+    """
+
+    def __init__(self, attack: Decoupling, sample: AttackedSample, universe: Universe):
+        self.attack, self.sample, self.universe = attack, sample, universe
+        u = universe
+        atom_modality = u.modality[u.atoms]
+        totals = np.bincount(atom_modality, u.elements, len(u.names))
+        if attack.objective == "normalised":
+            self.price = 100 * u.elements / totals[atom_modality] / len(u.names)
+        else:
+            self.price = 100 * u.elements / totals.sum()
+        self.worth = u.covers * self.price  # (N, A)
+        self.region_price = self.worth.sum(1)
+        self.budget = float("inf") if sample.threat_model.max_queries is None else sample.threat_model.max_queries
+        self.asked = self.since = 0
+        self.asking: list[np.ndarray] = []
+        self.best: np.ndarray | None = None
+        self.proven = False
+        everything = np.ones(len(u.atoms), dtype=bool)
+        self.bound = 1.5 * self.cost(everything)
+        # Savings are weighed by their logarithm: from 2 to 1 % is worth as much as from 100 to 50 %. Below this
+        # cost they are not.
+        self.fine = 0.5 if attack.objective == "parts" else 0.01 * self.cost(everything)
+
+        room, regions, atoms = 64, len(u.regions), len(u.atoms)
+        self.known = 1
+        self.sets = np.zeros((room, atoms), dtype=bool)
+        self.distances = np.full(room, attack.distance(sample.clean))
+        self.costs = np.zeros(room)
+        self.share = np.zeros((room, regions))  # of each region, how much of its price lies in the set
+        self.tried = np.zeros((room, 2 * regions), dtype=bool)  # adding, or putting back, each region
+        self.rows = {self.sets[0].tobytes(): 0}
+        self.effect = np.full(regions, np.nan)
+
+    def cost(self, chosen: np.ndarray) -> float:
+        """What the objective makes of a set of atoms (A,); between equal numbers of parts the smaller fraction wins."""
+        price = float(chosen @ self.price)
+        return len(self.universe.parts(chosen)) + price / 1000 if self.attack.objective == "parts" else price
+
+    @property
+    def left(self) -> float:
+        return self.budget - self.asked
+
+    # -- asking ---------------------------------------------------------------------------------------------
+
+    def ask(self, sets: Sequence[np.ndarray], phase: str, until_flip: bool = False) -> Asking:
+        """Ask those of the sets (A,) that are not known yet."""
+        fresh = {chosen.tobytes(): chosen for chosen in sets if chosen.tobytes() not in self.rows}
+        self.asking = [chosen for chosen in fresh.values() if self.allowed(chosen)]
+        if self.asking:
+            removals = [self.universe.removal(chosen) for chosen in self.asking]
+            until = self.flips if until_flip else None
+            self.learn(self.asking, (yield Ask(removals, phase, until)))
+        self.asking = []
+
+    def allowed(self, chosen: np.ndarray) -> bool:
+        if not self.attack.valid_only:
+            return True
+        assert self.sample.valid is not None
+        return self.sample.valid(self.universe.removal(chosen)) is True
+
+    def flips(self, response: Response) -> bool:
+        return self.attack.reached(self.sample.label, response)
+
+    def learn(self, sets: Sequence[np.ndarray], responses: Sequence[Response]) -> None:
+        """Keep the answers to the first so many sets."""
+        while self.known + len(responses) > len(self.distances):
+            grown = (np.concatenate([a, np.zeros_like(a)]) for a in self._arrays())
+            self.sets, self.distances, self.costs, self.share, self.tried = grown
+        for chosen, response in zip(sets, responses, strict=False):
+            row, cost = self.known, self.cost(chosen)
+            self.known += 1
+            self.asked += 1
+            self.since += 1
+            self.rows[chosen.tobytes()] = row
+            self.sets[row], self.costs[row] = chosen, cost
+            self.distances[row] = self.attack.distance(response)
+            self.share[row] = (self.worth @ chosen) / self.region_price
+            if self.flips(response) and cost < self.bound - 1e-12:
+                self.best, self.bound, self.since = chosen, cost, 0
+
+    def _arrays(self) -> tuple[np.ndarray, ...]:
+        return self.sets, self.distances, self.costs, self.share, self.tried
+
+    def single(self, regions: Sequence[int], phase: str) -> Asking:
+        """Ask regions alone and note their effects."""
+        covers = self.universe.covers
+        yield from self.ask([covers[region] for region in regions], phase)
+        for region in regions:
+            row = self.rows.get(covers[region].tobytes())
+            self.effect[region] = 0.0 if row is None else self.distances[0] - self.distances[row]
+
+    # -- the steps ------------------------------------------------------------------------------------------
+
+    def run(self) -> Asking:
+        u = self.universe
+        tops = [child for root in u.roots for child in (u.children[root] or [root])]
+        self.demand_budget(len(tops))
+        yield from self.try_cheap()
+        if not self.proven:
+            yield from self.screen(tops)
+            yield from self.improve()
+
+    def demand_budget(self, first: int) -> None:
+        if self.budget < first:
+            raise MuroanError(
+                f"threat_model.max_queries={self.budget:g} is too small for {self.attack.name}: its first phase asks "
+                f"{first} regions of sample {self.sample.id!r}; allow at least {first}, and some 100 to find anything"
+            )
+
+    def try_cheap(self) -> Asking:
+        """All sets of atoms that together cost less than any other one, by size, as far as there is room."""
+        if self.attack.objective == "parts":
+            return
+        u = self.universe
+        order = np.argsort(self.price, kind="stable")
+        together = np.cumsum(self.price[order])
+        few = next((k for k in range(len(order) - 1, 0, -1) if together[k - 1] < self.price[order[k]]), 0)
+        if not few and np.ptp(self.price) < 1e-9:
+            few = len(order)  # all cost the same, as where there is one modality
+        cheap = [int(u.atoms[place]) for place in sorted(order[:few])]
+        room = CHEAP * min(self.budget, 500)
+        for size in range(1, few + 1):
+            number = math.comb(few, size)
+            room -= number
+            if room < 0:
+                return
+            if size == 1:
+                yield from self.single(cheap, "cheap")
+            else:
+                sets = [u.union(members) for members in combinations(cheap, size)]
+                yield from self.ask(sets, "cheap")
+            if self.best is not None:
+                self.proven = not self.attack.valid_only
+                return
+
+    def screen(self, tops: Sequence[int]) -> Asking:
+        """Single regions, coarse to fine; whole modalities, and their unions."""
+        u = self.universe
+        yield from self.single(tops, "screen")
+        yield from self.single(u.roots, "screen")
+        unions = [pick for size in range(2, len(u.roots) + 1) for pick in combinations(u.roots, size)]
+        yield from self.ask([u.union(pick) for pick in unions], "screen")
+        room = SCREEN * min(self.budget, 500) - self.asked
+        inner = [region for region in tops if u.children[region]]
+        while inner and room > 0:
+            order = ranked(np.abs(self.effect[inner]))
+            chosen, inner = [inner[i] for i in order[:4]], [inner[i] for i in order[4:]]
+            parts = [part for region in chosen for part in u.children[region]][: math.ceil(room)]
+            room -= len(parts)
+            yield from self.single(parts, "screen")
+            inner += [part for part in parts if u.children[part]]
+
+    def improve(self) -> Asking:
+        """Ask what promises most, until the budget or the patience is at its end, or nothing smaller is left."""
+        self.believe()
+        proof_failed_at = float("inf")
+        while self.left > 0 and self.since < self.attack.patience:
+            if self.best is not None and self.bound < proof_failed_at:
+                yield from self.prove()
+                if self.proven:
+                    return
+                proof_failed_at = self.bound
+            yield from self.tidy()
+            if self.left <= 0:
+                return
+            candidates = self.candidates()
+            if not candidates:
+                return
+            first = self.known
+            yield from self.ask(self.choose(candidates), "improve")
+            self.update(first)
+
+    def tidy(self) -> Asking:
+        """When the budget nears its end, ask whether each part of the best flip is needed."""
+        if self.best is None:
+            return
+        u = self.universe
+        less = [self.best & ~u.covers[part] for part in u.parts(self.best)]
+        unknown = [chosen for chosen in less if chosen.tobytes() not in self.rows]
+        if unknown and self.left <= len(unknown) + 2 * ROUND:
+            yield from self.ask(unknown, "tidy")
+
+    def prove(self) -> Asking:
+        """If all smaller removals can be asked, ask them, the smallest first: a flip is then the minimum."""
+        if self.attack.objective == "parts":
+            self.proven = len(self.universe.parts(self.best)) == 1  # type: ignore[arg-type]
+            return
+        missing: list[np.ndarray] = []
+        for number, chosen in enumerate(ascending_sets(self.price, self.bound - 1e-9)):
+            if chosen.tobytes() not in self.rows:
+                missing.append(chosen)
+            if len(missing) > self.left or number > 4 * self.budget or number > 4000:
+                return
+        yield from self.ask(missing, "prove", until_flip=True)
+        self.proven = not self.attack.valid_only
+
+    # -- what is believed about removals that were not asked ---------------------------------------------------
+
+    def believe(self) -> None:
+        """Effects of all regions, and how far each atom's may differ in company, before anything else is known."""
+        u = self.universe
+        for region in np.flatnonzero(np.isnan(self.effect)):  # parents come first
+            parent = u.parent[region]
+            self.effect[region] = self.effect[parent] / len(u.children[parent]) if parent >= 0 else 0.0
+        effect = self.effect[u.atoms]
+        place = u.modality[u.atoms]
+        count = np.maximum(1, np.bincount(place, minlength=len(u.names)))
+        mean_square = np.bincount(place, effect**2, len(u.names)) / count
+        self.floor = (FLOOR * self.distances[0]) ** 2 + 1e-18
+        mean_square = np.maximum(mean_square, self.floor)
+        self.squares = np.maximum((OWN * np.abs(effect) + OTHER * np.sqrt(mean_square)[place]) ** 2, self.floor)
+        self.times = np.ones(len(u.atoms))
+        # By modality, how what an atom does in company relates to what it does alone: a regression through 0.
+        self.both, self.alone = TRUST * mean_square, TRUST * mean_square
+
+    def uncertainty(self) -> np.ndarray:
+        """(A,) the variance of each atom's effect in company."""
+        return np.maximum(self.squares / self.times, self.floor / 16)
+
+    def effects(self) -> np.ndarray:
+        """(N,) what each region is expected to do in company."""
+        return self.effect * np.clip(self.both / self.alone, 0, 1.5)[self.universe.modality]
+
+    def between(self, a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        """(n, m) the summed weights (A,) of the atoms in which sets a (n, A) and b (m, A) differ."""
+        weighted, b = a * weight, b.astype(float)
+        return np.maximum(weighted.sum(1)[:, None] + b @ weight - 2 * weighted @ b.T, 0)
+
+    def candidates(self) -> list[tuple[np.ndarray, int, int, float]]:
+        """The best new sets that one region more or less makes of known ones.
+
+        Returns:
+            (A,) the set, the row it was made of, the move, and the predicted distance from the goal.
+        """
+        u, known = self.universe, self.known
+        variance, effect = self.uncertainty(), self.effects()
+        spread = np.sqrt(variance.mean())
+        near = self.distances[:known] / spread + 2 * np.log1p(self.costs[:known] / self.fine)
+        pool = np.sort(ranked(-near)[:POOL])
+        if self.best is not None:
+            pool = np.union1d(pool, self.rows[self.best.tobytes()])
+        inside = self.share[pool]  # (P, N)
+        moved = np.concatenate([1 - inside, inside], 1)  # (P, 2N): of each region, how much adding or dropping moves
+        sign = np.repeat([1.0, -1.0], len(u.regions))
+        twice = np.tile(effect, 2) * sign
+        predicted = self.distances[pool][:, None] - twice * moved
+        step = np.ones_like(self.region_price) if self.attack.objective == "parts" else self.region_price
+        cost = self.costs[pool][:, None] + np.tile(step, 2) * sign * moved
+        deviation = np.sqrt(np.tile(u.covers @ variance, 2) * np.maximum(moved, 1e-12))
+        score = self.score(predicted, deviation, cost)
+        score[(moved < 1e-9) | self.tried[pool]] = -np.inf
+        flat = score.ravel()
+        many = min(SHORT, flat.size)
+        top = np.sort(np.argpartition(-flat, many - 1)[:many])
+        found: dict[bytes, tuple[np.ndarray, int, int, float]] = {}
+        for place in top[ranked(flat[top])]:
+            if flat[place] == -np.inf:
+                break
+            row, move = pool[place // (2 * len(u.regions))], place % (2 * len(u.regions))
+            region = u.covers[move % len(u.regions)]
+            chosen = self.sets[row] | region if move < len(u.regions) else self.sets[row] & ~region
+            key = chosen.tobytes()
+            if key in self.rows or key in found or not self.allowed(chosen):
+                self.tried[row, move] = True
+            else:
+                found[key] = chosen, int(row), int(move), float(predicted.ravel()[place])
+        if not found and (flat[top] > -np.inf).any():
+            return self.candidates()  # all of these were known by another way: they are marked now
+        return list(found.values())
+
+    def score(self, predicted: np.ndarray, deviation: np.ndarray, cost: np.ndarray) -> np.ndarray:
+        """Logarithm of: the chance that a set flips, times what it would save."""
+        saved = np.log((self.bound + self.fine) / (np.maximum(cost, 0) + self.fine))
+        with np.errstate(divide="ignore"):
+            return np.log(np.maximum(saved, 0)) + log_ndtr(-predicted / deviation)
+
+    def choose(self, candidates: Sequence[tuple[np.ndarray, int, int, float]]) -> list[np.ndarray]:
+        """A round of the candidates, best first; one that is near another of the round tells little new."""
+        sets = np.array([chosen for chosen, _, _, _ in candidates])
+        variance = self.uncertainty()
+        far = self.between(sets, self.sets[: self.known], variance)
+        nearest = far.argmin(1)
+        far = far[np.arange(len(sets)), nearest]
+        step = sets.astype(float) - self.sets[nearest]
+        predicted = self.distances[nearest] - step @ self.effects()[self.universe.atoms]
+        made_of = np.array([row for _, row, _, _ in candidates])
+        predicted = np.where(nearest == made_of, [p for _, _, _, p in candidates], predicted)
+        cost = np.array([self.cost(chosen) for chosen in sets])
+        among = self.between(sets, sets, variance)
+        picked: list[int] = []
+        while len(picked) < min(ROUND, self.left, len(sets)):
+            score = self.score(predicted, np.sqrt(np.maximum(far, 1e-12)), cost)
+            score[picked] = -np.inf
+            best = int(ranked(score)[0])
+            if score[best] == -np.inf and picked:
+                break
+            picked.append(best)
+            far = np.minimum(far, among[best])
+        for place in picked:
+            self.tried[candidates[place][1], candidates[place][2]] = True
+        return [sets[place] for place in picked]
+
+    def update(self, first: int) -> None:
+        """Learn how far effects can be trusted, from each new answer and those that lie nearest to it."""
+        u = self.universe
+        new = np.arange(first, self.known)
+        if not len(new):
+            return
+        variance, effect = self.uncertainty(), self.effects()[u.atoms]
+        steps = self.between(self.sets[new], self.sets[: self.known], np.ones(len(u.atoms)))
+        far = self.between(self.sets[new], self.sets[: self.known], variance)
+        far[np.arange(len(new)), new] = np.inf
+        pairs = {(min(a, b), max(a, b)) for a, b in zip(new, far.argmin(1), strict=True)}
+        pairs |= {(min(new[i], b), max(new[i], b)) for i, b in np.argwhere(np.abs(steps - 1) < 1e-6)}
+        for a, b in sorted(pairs):
+            differ = self.sets[a] ^ self.sets[b]
+            sign = np.where(self.sets[b][differ], 1.0, -1.0)
+            change = self.distances[a] - self.distances[b]
+            missed = change - float(sign @ effect[differ])
+            blame = variance[differ] / variance[differ].sum()
+            self.squares[differ] += (blame * missed) ** 2
+            self.times[differ] += blame
+            if len(sign) == 1:
+                atom = int(np.flatnonzero(differ)[0])
+                place, alone = u.modality[u.atoms[atom]], self.effect[u.atoms[atom]]
+                self.both[place] = FORGET * (self.both[place] + change * sign[0] * alone)
+                self.alone[place] = FORGET * (self.alone[place] + alone**2)

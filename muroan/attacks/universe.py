@@ -1,0 +1,112 @@
+"""The universe of removals: everything that can be made of the regions that a threat model allows."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from muroan.attacks.base import AttackedSample
+from muroan.modalities import Region, Removal
+
+
+class Universe:
+    """The regions of a sample as rows of numbers, so that a search can weigh all of them at once.
+
+    An *atom* is a region that is not split further. Every removal that an attack may ask is a set of atoms, held as a
+    boolean vector (A,).
+
+    Attributes:
+        names: the modalities.
+        regions: (N,) all regions, roots first, each followed by what lies below it.
+        covers: (N, A) bool, the atoms of each region.
+        children: (N,) the rows of each region's parts; none for an atom.
+        parent: (N,) the row of the region that each is a part of; -1 for a root.
+        modality: (N,) which modality each region belongs to, by place.
+        roots: row of each modality's root.
+        atoms: (A,) rows of the atoms.
+        elements: (A,) float, number of elements of each atom.
+    """
+
+    def __init__(self, sample: AttackedSample, modalities: Sequence[str]):
+        self.names = list(modalities)
+        self.regions: list[Region] = []
+        self.children: list[list[int]] = []
+        self.parent: list[int] = []
+        self.roots: list[int] = []
+        owner: list[int] = []
+        spans: list[tuple[int, int]] = []
+        atoms: list[int] = []
+
+        def add(region: Region, place: int, parent: int) -> int:
+            row, first = len(self.regions), len(atoms)
+            self.regions.append(region)
+            self.children.append([])
+            self.parent.append(parent)
+            owner.append(place)
+            spans.append((0, 0))
+            parts = sample.split(region)
+            if not parts:
+                atoms.append(row)
+            self.children[row] += [add(part, place, row) for part in parts]
+            spans[row] = (first, len(atoms))
+            return row
+
+        for place, name in enumerate(self.names):
+            self.roots.append(add(sample.root(name), place, -1))
+        self.atoms, self.modality = np.array(atoms), np.array(owner)
+        self.elements = np.array([float(self.regions[row].area) for row in atoms])
+        self.covers = np.zeros((len(self.regions), len(atoms)), dtype=bool)
+        for row, (first, last) in enumerate(spans):
+            self.covers[row, first:last] = True
+        # A root with parts is no region that an attack may name.
+        self._no_part = np.array([bool(p < 0 and c) for p, c in zip(self.parent, self.children, strict=True)])
+
+    def parts(self, chosen: np.ndarray) -> list[int]:
+        """Rows of the largest regions below the roots that make up a set of atoms (A,): as few as there can be."""
+        whole = ~((self.covers & ~chosen).any(1) | self._no_part)
+        return [int(row) for row in np.flatnonzero(whole) if self.parent[row] < 0 or not whole[self.parent[row]]]
+
+    def removal(self, chosen: np.ndarray) -> Removal:
+        """A set of atoms (A,) as the removal of its largest regions."""
+        return Removal(tuple(self.regions[row] for row in self.parts(chosen)))
+
+    def union(self, rows: Sequence[int]) -> np.ndarray:
+        """The atoms (A,) of some regions together."""
+        return np.logical_or.reduce(self.covers[list(rows)])
+
+    def atoms_of(self, removal: Removal) -> np.ndarray:
+        """The atoms (A,) of a removal that was made of this universe's regions."""
+        rows = {region: row for row, region in enumerate(self.regions)}
+        return self.union([rows[region] for region in removal.regions])
+
+
+def ascending_sets(prices: np.ndarray, below: float) -> Iterator[np.ndarray]:
+    """All non-empty sets of atoms that cost less than `below`, the cheapest first; lazily, there may be very many.
+
+    Args:
+        prices: (A,) above 0, of each atom; a set costs their sum.
+
+    Yields:
+        (A,) bool; sets of equal cost come in a fixed order.
+
+    >>> [np.flatnonzero(chosen).tolist() for chosen in ascending_sets(np.array([2.0, 1.0, 4.0]), 5.0)]
+    [[1], [0], [0, 1], [2]]
+    """
+    order = np.argsort(prices, kind="stable")
+    sorted_prices = prices[order]
+    # A set is followed by the one with its dearest atom replaced by the next dearer, and the one with that added.
+    heap: list[tuple[float, tuple[int, ...]]] = [(float(sorted_prices[0]), (0,))] if len(prices) else []
+    while heap:
+        cost, places = heapq.heappop(heap)
+        if cost >= below:
+            return
+        chosen = np.zeros(len(prices), dtype=bool)
+        chosen[order[list(places)]] = True
+        yield chosen
+        last = places[-1]
+        if last + 1 < len(prices):
+            dearer = float(sorted_prices[last + 1])
+            heapq.heappush(heap, (cost + dearer, (*places, last + 1)))
+            heapq.heappush(heap, (cost + dearer - float(sorted_prices[last]), (*places[:-1], last + 1)))
