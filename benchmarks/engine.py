@@ -25,8 +25,11 @@ import numpy as np
 import torch
 
 from muroan.attacks.base import Ask, Attack, AttackedSample, Response, ThreatModel
+from muroan.attacks.decoupling import Decoupling
 from muroan.attacks.decoupling_reference import DecouplingReference
+from muroan.attacks.greedy_occlusion import GreedyOcclusion
 from muroan.attacks.random_removal import RandomRemoval
+from muroan.attacks.saliency_removal import SaliencyRemoval
 from muroan.data.samples import Batch, Sample
 from muroan.engine import AUTOCAST, QueryEngine
 from muroan.modalities import Removal
@@ -174,6 +177,59 @@ def bare_forwards(model: MultimodalModel, samples: list[Sample], size: int, seco
     return size * repeats / total
 
 
+REMOVAL_ATTACKS: dict[str, Callable[[], Attack]] = {
+    "decoupling": Decoupling,
+    "decoupling_reference": DecouplingReference,
+    "random_removal": RandomRemoval,
+    "greedy_occlusion": GreedyOcclusion,
+    "saliency_removal": SaliencyRemoval,
+}
+
+
+class Stopwatch:
+    """How long the parts of a model run, while it is open; on a GPU each part waits for its end."""
+
+    def __init__(self, model: MultimodalModel, device: torch.device):
+        self.model, self.device, self.seconds = model, device, 0.0
+
+    def __enter__(self) -> Stopwatch:
+        for part in ("encode", "fuse", "head"):
+            setattr(self.model, part, self._timed(getattr(self.model, part)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for part in ("encode", "fuse", "head"):
+            delattr(self.model, part)  # the class's own show again
+
+    def _timed(self, function: Callable[..., object]) -> Callable[..., object]:
+        def run(*arguments: object) -> object:
+            seconds, result = timed(lambda: function(*arguments), self.device)
+            self.seconds += seconds
+            return result
+
+        return run
+
+
+def by_attack(
+    model: MultimodalModel, samples: list[Sample], size: int, precision: str, bare: float
+) -> dict[str, float]:
+    """Forwards a second of each removal attack over bare forwards, and where its time goes."""
+    device = next(model.parameters()).device
+    ratios = {}
+    print(f"{'attack':22s} {'reuse':>6s} {'forwards/s':>10s} {'of bare':>8s} {'in the model':>13s}")
+    for name, make in REMOVAL_ATTACKS.items():
+        for reuse in (True, False):
+            limit = ThreatModel(max_queries=500)
+            engine = QueryEngine(model, make(), limit, size, precision, keep_media=0, reuse_features=reuse)
+            with Stopwatch(model, device) as watch:
+                seconds, _ = timed(lambda engine=engine: list(engine.run(samples)), device)  # type: ignore[misc]
+            rate = engine.statistics.rows / seconds
+            ratios[f"{name}, reuse {'on' if reuse else 'off'}"] = rate / bare
+            share = 100 * watch.seconds / seconds
+            print(f"{name:22s} {'on' if reuse else 'off':>6s} {rate:10.0f} {rate / bare:8.2f} {share:11.0f} %")
+    return ratios
+
+
 def peak_memory(arguments: argparse.Namespace, samples: int) -> float:
     """Peak memory in MiB of a process of its own that attacks so many samples."""
     command = [sys.executable, __file__, "--memory-of", str(samples), "--model", arguments.model]
@@ -258,6 +314,7 @@ def main() -> None:
     }
     for what, ratio in ratios.items():
         print(f"{what}: {ratio:.2f}")
+    ratios |= by_attack(model, samples, best, arguments.precision, rate)
     if arguments.memory:
         peaks = {count: peak_memory(arguments, count) for count in arguments.memory}
         print("peak memory, MiB, by samples: " + ", ".join(f"{n}: {mib:.0f}" for n, mib in peaks.items()))

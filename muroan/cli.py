@@ -1,4 +1,4 @@
-"""The command line, `muroan train | attack | report | compare`, with Hydra behind it. Nothing else imports Hydra.
+"""The command line, `muroan train | attack | report | compare | transfer`. Nothing else imports Hydra.
 
 What takes seconds to import (torch, Lightning) is imported by the commands: help and unknown choices come at once.
 """
@@ -35,6 +35,7 @@ MUROAN, the MUltimodal RObustness ANalyzer: how few image regions, words or soun
   muroan attack  model=mmbt dataset=easy_vqa              attack it (attack=decoupling)
   muroan report  runs=[outputs/attack]                    tables, plots and an HTML page of all attack runs
   muroan compare runs=[outputs/attack]                    attacks side by side, tested in pairs; Markdown, LaTeX, CSV
+  muroan transfer runs=[outputs/attack]                   does what flips one model flip the others? models by models
 
 Every command takes Hydra overrides, and -m to sweep over several values of them:
 
@@ -57,6 +58,7 @@ def main() -> None:
         "attack": attack,
         "report": report,
         "compare": compare,
+        "transfer": transfer,
     }
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -412,6 +414,34 @@ def compare(config: DictConfig) -> None:
     page = write([Path(run) for run in config.runs], Path(config.out))
     log.info("%s", page.read_text(encoding="utf-8"))
     log.info("comparison: %s", page)
+
+
+def transfer(config: DictConfig) -> None:
+    """Ask the models of finished removal attacks what flipped the others, and show the matrices.
+
+    Model and data are those that `run.json` of each run tells; only `runs`, `out`, `device` and `engine.batch_size` are
+    this command's own. One process on one device asks.
+    """
+    import pytorch_lightning as pl
+
+    from muroan.transfer import write
+
+    devices = plain(config.device.devices)
+    trainer = pl.Trainer(
+        accelerator=config.device.accelerator,
+        devices=devices[:1] if isinstance(devices, list) else 1,
+        logger=False,
+        enable_checkpointing=False,
+    )
+    page = write(
+        [Path(run) for run in config.runs],
+        Path(config.out),
+        lambda about: build(DictConfig(about["config"])),
+        config.engine.batch_size,
+        trainer.strategy.root_device,
+    )
+    log.info("%s", page.read_text(encoding="utf-8"))
+    log.info("transfer: %s", page)
 
 
 if __name__ == "__main__":

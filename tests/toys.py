@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,22 +32,22 @@ class Present:
 
 
 class Blocks(MultimodalModel):
-    """Logits that a rule makes of what is present. The embedding is the presence of all elements, unless told.
+    """Logits that a rule makes of what is present.
 
     Args:
-        rule: gives the logits (B, C) for a `Present`.
+        rule: gives the logits (B, C) for a `Present`; with a fusion, for the embedding.
         image: its (height, width); audio: its length; words: how many; 0 or None leaves a modality out.
-        fusion: gives the embedding (B, D) of the presence (B, E) of all elements. The rule still sees the presence.
+        fusion: gives the embedding (B, D) for a `Present`; without it, the embedding is the presence of all elements.
     """
 
     def __init__(
         self,
-        rule: Callable[[Present], Tensor],
+        rule: Callable[[Any], Tensor],
         image: tuple[int, int] | None = (32, 32),
         audio: int = 0,
         words: int = 6,
         classes: int = 2,
-        fusion: Callable[[Tensor], Tensor] | None = None,
+        fusion: Callable[[Present], Tensor] | None = None,
     ):
         modalities = {}
         if image:
@@ -82,11 +83,10 @@ class Blocks(MultimodalModel):
 
     def fuse(self, features):
         present = torch.cat([features[name] for name in self.modalities], 1)
-        return present if self.fusion is None else torch.cat([self.fusion(present), present], 1)
+        return present if self.fusion is None else self.fusion(Present(self, present))
 
     def head(self, embedding):
-        present = embedding[:, -sum(map(np.prod, self.grids.values())) :]
-        return self.rule(Present(self, present))
+        return self.rule(Present(self, embedding) if self.fusion is None else embedding)
 
     def members(self, regions: Sequence[Region]) -> Tensor:
         """(E, R), one column a region: 1 / its size at each of its elements."""
@@ -144,6 +144,26 @@ def logits(model: Blocks, removals: Sequence[Removal]) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         embedding, out = model({name: torch.stack(xs) for name, xs in rows.items()})
     return embedding, out
+
+
+def flips_when(condition: Callable[[Present], Tensor], **options: Any) -> Blocks:
+    """A toy whose margin is flat: 0.5, and -0.5 where the condition (B,) holds."""
+
+    def rule(present: Present) -> Tensor:
+        flip = condition(present).double()
+        return torch.stack([1 - flip, torch.full_like(flip, 0.5)], 1)
+
+    return Blocks(rule, **options)
+
+
+def margins(margin: Callable[[Present], Tensor], **options: Any) -> Blocks:
+    """A toy of two classes from its margin (B,)."""
+
+    def rule(present: Present) -> Tensor:
+        m = margin(present)
+        return torch.stack([m, torch.zeros_like(m)], 1)
+
+    return Blocks(rule, **options)
 
 
 def subsets(regions: Sequence[Region]) -> list[Removal]:

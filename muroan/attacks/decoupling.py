@@ -16,13 +16,15 @@ from muroan.errors import MuroanError
 
 Asking = Generator[Ask, list[Response], None]
 
-# How the search weighs what it knows. All were chosen on validation samples of easy_vqa and digit_sum; success moves
-# by less than a point when any one of them is halved or doubled.
+# How the search weighs what it knows. Chosen on the first 300 test samples of easy_vqa with one trained model
+# (cross_attention, seed 0); docs/results.md has what others make of them.
 CHEAP = 0.3  # share of the budget for trying all sets of those atoms that cost next to nothing
 SCREEN = 0.4  # share of the budget after which single regions are no longer screened
+GROWN = 0.05  # flips of more than this share of everything call for growing one from small removals
+GROWTH = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 ROUND = 8  # removals an ask: fewer would learn more between asks, more would fill batches better
-POOL = 48  # known removals from which new ones are made, each by adding or putting back one region
-SHORT = 64  # new removals that are looked at closely before a round is chosen
+POOL = 96  # known removals from which new ones are made, each by adding or putting back one region
+SHORT = 96  # new removals that are looked at closely before a round is chosen
 OWN, OTHER = 0.5, 0.25  # how far an effect may differ in company: shares of its own size, and of its modality's
 FLOOR = 0.02  # and at least this share of the clean margin
 TRUST = 2.0  # answers' worth of trust that effects in company are what they are alone
@@ -49,11 +51,13 @@ class Decoupling(Attack):
        their sets are tried by size; the first flip is the proven minimum.
     2. *Screen*: single regions, coarse to fine over the region tree, those with the largest effect first; whole
        modalities and their unions too, so that a flip is known where effects alone say nothing.
-    3. *Improve*: every known removal with one region more or one less is a candidate. Its margin is predicted from
+    3. *Grow and shrink*: where no small flip has turned up, more and more of the regions with the largest effects
+       together; then what of the flip can be put back, coarse to fine.
+    4. *Improve*: every known removal with one region more or one less is a candidate. Its margin is predicted from
        the nearest known removal and the effects of what lies between, with an uncertainty learned from what earlier
        predictions missed by. Asked are those with the best chance of a flip times what it would save, so that the
        same rule grows a removal until it flips and shrinks it afterwards.
-    4. *Prove*: when no more smaller removals are left than the budget allows, all are asked, the smallest first.
+    5. *Prove*: when no more smaller removals are left than the budget allows, all are asked, the smallest first.
 
     `info` records how many atoms there were, and how many queries went into each of the steps (the ledger's phases).
 
@@ -90,8 +94,11 @@ class Decoupling(Attack):
         number = isinstance(embedding, int | float) and not isinstance(embedding, bool)
         if embedding not in (None, "argmax") and not (number and 0 < float(embedding) <= 2):  # type: ignore[arg-type]
             raise MuroanError(f"attack.embedding must be argmax or a cosine distance in (0, 2], got {embedding!r}")
-        if patience < 1:
+        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
             raise MuroanError(f"attack.patience must be at least 1, got {patience}")
+        listed = modalities is None or (not isinstance(modalities, str) and len(modalities) > 0)
+        if not listed or len(set(modalities or ())) < len(modalities or ()):
+            raise MuroanError(f"attack.modalities must be a list of different names, or null, got {modalities!r}")
         self.objective, self.valid_only, self.patience = objective, valid_only, patience
         self.modalities = None if modalities is None else list(modalities)
         self.target, self.embedding = target, embedding
@@ -138,6 +145,8 @@ class Decoupling(Attack):
             hunt.learn(hunt.asking, refusal.responses)
         sample.info["atoms"] = len(hunt.universe.atoms)
         if hunt.best is None:
+            if hunt.left <= 0 and hunt.known < 2 ** len(hunt.universe.atoms):
+                raise BudgetExhausted  # the search did not give up
             return None
         sample.proven = hunt.proven
         return hunt.universe.removal(hunt.best)
@@ -181,6 +190,7 @@ class Hunt:
         self.known = 1
         self.sets = np.zeros((room, atoms), dtype=bool)
         self.distances = np.full(room, attack.distance(sample.clean))
+        self.flipped = np.zeros(room, dtype=bool)
         self.costs = np.zeros(room)
         self.share = np.zeros((room, regions))  # of each region, how much of its price lies in the set
         self.tried = np.zeros((room, 2 * regions), dtype=bool)  # adding, or putting back, each region
@@ -195,6 +205,11 @@ class Hunt:
     @property
     def left(self) -> float:
         return self.budget - self.asked
+
+    @property
+    def large(self) -> bool:
+        """Whether no flip is known but ones of a good part of everything."""
+        return self.bound > GROWN * self.cost(np.ones(len(self.universe.atoms), dtype=bool))
 
     # -- asking ---------------------------------------------------------------------------------------------
 
@@ -221,7 +236,7 @@ class Hunt:
         """Keep the answers to the first so many sets."""
         while self.known + len(responses) > len(self.distances):
             grown = (np.concatenate([a, np.zeros_like(a)]) for a in self._arrays())
-            self.sets, self.distances, self.costs, self.share, self.tried = grown
+            self.sets, self.distances, self.flipped, self.costs, self.share, self.tried = grown
         for chosen, response in zip(sets, responses, strict=False):
             row, cost = self.known, self.cost(chosen)
             self.known += 1
@@ -231,11 +246,12 @@ class Hunt:
             self.sets[row], self.costs[row] = chosen, cost
             self.distances[row] = self.attack.distance(response)
             self.share[row] = (self.worth @ chosen) / self.region_price
-            if self.flips(response) and cost < self.bound - 1e-12:
+            self.flipped[row] = self.flips(response)
+            if self.flipped[row] and cost < self.bound - 1e-12:
                 self.best, self.bound, self.since = chosen, cost, 0
 
     def _arrays(self) -> tuple[np.ndarray, ...]:
-        return self.sets, self.distances, self.costs, self.share, self.tried
+        return self.sets, self.distances, self.flipped, self.costs, self.share, self.tried
 
     def single(self, regions: Sequence[int], phase: str) -> Asking:
         """Ask regions alone and note their effects."""
@@ -254,6 +270,10 @@ class Hunt:
         yield from self.try_cheap()
         if not self.proven:
             yield from self.screen(tops)
+            self.believe()
+            if self.large:
+                yield from self.grow()
+                yield from self.shrink()
             yield from self.improve()
 
     def demand_budget(self, first: int) -> None:
@@ -306,9 +326,40 @@ class Hunt:
             yield from self.single(parts, "screen")
             inner += [part for part in parts if u.children[part]]
 
+    def grow(self) -> Asking:
+        """Where no small flip is known: more and more of the atoms with the largest effects, by themselves and with
+        the best removal that is known."""
+        u = self.universe
+        order = ranked(self.effect[u.atoms])
+        nearest = self.sets[ranked(-self.distances[: self.known])[0]]
+        sizes = [size for size in GROWTH if size < len(order)]
+        for base in (self.sets[0], nearest):
+            yield from self.ask([base | u.union(u.atoms[order[:size]]) for size in sizes], "grow")
+
+    def shrink(self) -> Asking:
+        """While the best flip is large: what of it can be put back, coarse to fine, alone and then together."""
+        u = self.universe
+        pieces = [] if self.best is None else u.parts(self.best)
+        while pieces and self.large:
+            best = self.best
+            assert best is not None
+            less = {piece: best & ~u.covers[piece] for piece in pieces}
+            yield from self.ask(list(less.values()), "shrink")
+            rows = {
+                piece: self.rows[chosen.tobytes()] for piece, chosen in less.items() if chosen.tobytes() in self.rows
+            }
+            spare = [piece for piece, row in rows.items() if self.flipped[row]]
+            if len(spare) > 1:  # the large ones first, and those that matter least
+                spare = [
+                    spare[i] for i in ranked(np.array([-self.distances[rows[p]] * self.region_price[p] for p in spare]))
+                ]
+                together = [size for size in GROWTH if size < len(spare)] + [len(spare)]
+                yield from self.ask([best & ~u.union(spare[:size]) for size in together], "shrink")
+            kept = [piece for piece in pieces if self.best[u.covers[piece]].all()]  # type: ignore[index]
+            pieces = [part for piece in kept for part in u.children[piece]]
+
     def improve(self) -> Asking:
         """Ask what promises most, until the budget or the patience is at its end, or nothing smaller is left."""
-        self.believe()
         proof_failed_at = float("inf")
         while self.left > 0 and self.since < self.attack.patience:
             if self.best is not None and self.bound < proof_failed_at:
@@ -388,13 +439,24 @@ class Hunt:
         Returns:
             (A,) the set, the row it was made of, the move, and the predicted distance from the goal.
         """
-        u, known = self.universe, self.known
+        known = self.known
         variance, effect = self.uncertainty(), self.effects()
         spread = np.sqrt(variance.mean())
-        near = self.distances[:known] / spread + 2 * np.log1p(self.costs[:known] / self.fine)
-        pool = np.sort(ranked(-near)[:POOL])
-        if self.best is not None:
-            pool = np.union1d(pool, self.rows[self.best.tobytes()])
+        near = ranked(-self.distances[:known] / spread - 2 * np.log1p(self.costs[:known] / self.fine))
+        for first in range(0, known, POOL):  # further ones only where nothing is left to make of the nearest
+            pool = np.sort(near[first : first + POOL])
+            if self.best is not None:
+                pool = np.union1d(pool, self.rows[self.best.tobytes()])
+            found = self.made_of(pool, effect, variance)
+            if found:
+                return found
+        return []
+
+    def made_of(
+        self, pool: np.ndarray, effect: np.ndarray, variance: np.ndarray
+    ) -> list[tuple[np.ndarray, int, int, float]]:
+        """The best new sets that one region more or less makes of these rows (P,); see `candidates`."""
+        u = self.universe
         inside = self.share[pool]  # (P, N)
         moved = np.concatenate([1 - inside, inside], 1)  # (P, 2N): of each region, how much adding or dropping moves
         sign = np.repeat([1.0, -1.0], len(u.regions))
@@ -407,21 +469,22 @@ class Hunt:
         score[(moved < 1e-9) | self.tried[pool]] = -np.inf
         flat = score.ravel()
         many = min(SHORT, flat.size)
-        top = np.sort(np.argpartition(-flat, many - 1)[:many])
         found: dict[bytes, tuple[np.ndarray, int, int, float]] = {}
-        for place in top[ranked(flat[top])]:
-            if flat[place] == -np.inf:
+        while not found:
+            top = np.sort(np.argpartition(-flat, many - 1)[:many])
+            top = top[ranked(flat[top])]
+            if flat[top[0]] == -np.inf:
                 break
-            row, move = pool[place // (2 * len(u.regions))], place % (2 * len(u.regions))
-            region = u.covers[move % len(u.regions)]
-            chosen = self.sets[row] | region if move < len(u.regions) else self.sets[row] & ~region
-            key = chosen.tobytes()
-            if key in self.rows or key in found or not self.allowed(chosen):
-                self.tried[row, move] = True
-            else:
-                found[key] = chosen, int(row), int(move), float(predicted.ravel()[place])
-        if not found and (flat[top] > -np.inf).any():
-            return self.candidates()  # all of these were known by another way: they are marked now
+            for place in top[flat[top] > -np.inf]:
+                row, move = pool[place // (2 * len(u.regions))], place % (2 * len(u.regions))
+                region = u.covers[move % len(u.regions)]
+                chosen = self.sets[row] | region if move < len(u.regions) else self.sets[row] & ~region
+                key = chosen.tobytes()
+                if key in self.rows or key in found or not self.allowed(chosen):
+                    self.tried[row, move] = True
+                    flat[place] = -np.inf
+                else:
+                    found[key] = chosen, int(row), int(move), float(predicted.ravel()[place])
         return list(found.values())
 
     def score(self, predicted: np.ndarray, deviation: np.ndarray, cost: np.ndarray) -> np.ndarray:
