@@ -760,10 +760,9 @@ class QueryEngine:
         labels = self._store.labels[slots]
         margin = Target.margin(Prediction(embedding, logits), labels)
         shift = 1 - torch.cosine_similarity(embedding, clean[slots], dim=1)
-        # How far the largest entry of the clean embedding leads the others: a margin, as of a class.
-        lead = Target.margin(Prediction(embedding, embedding), clean[slots].argmax(1)).nan_to_num(
-            posinf=1
-        )  # of one entry
+        # How far the largest entry of the clean embedding leads the others: a margin, as of a class. One alone leads.
+        lead = Target.margin(Prediction(embedding, embedding), clean[slots].argmax(1))
+        lead = lead.nan_to_num(nan=float("nan"), posinf=1)
         numbers = [logits, margin[:, None], embedding.argmax(1, keepdim=True), shift[:, None], lead[:, None]]
         return torch.cat([n.double() for n in numbers], 1).cpu().numpy()
 

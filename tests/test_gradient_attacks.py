@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import muroan
-from muroan.attacks.atoms import atoms
 from muroan.attacks.base import AttackedSample, BatchAttack, Perturbation, Response, ThreatModel
 from muroan.attacks.co_attack import CoAttack, divergence
 from muroan.attacks.fusion_embedding import FusionEmbedding
+from muroan.attacks.greedy import atoms
 from muroan.attacks.pgd import Pgd, PgdL2, PgdLinf
 from muroan.attacks.pgd_l0 import PgdL0
 from muroan.attacks.saliency_removal import SaliencyRemoval

@@ -11,7 +11,8 @@ import numpy as np
 from scipy.special import log_ndtr
 
 from muroan.attacks.base import Ask, Attack, AttackedSample, BudgetExhausted, Response, Search
-from muroan.attacks.universe import Universe, ascending_sets
+from muroan.attacks.greedy import ranked
+from muroan.attacks.universe import Universe, ascending
 from muroan.errors import MuroanError
 
 Asking = Generator[Ask, list[Response], None]
@@ -29,15 +30,6 @@ OWN, OTHER = 0.5, 0.25  # how far an effect may differ in company: shares of its
 FLOOR = 0.02  # and at least this share of the clean margin
 TRUST = 2.0  # answers' worth of trust that effects in company are what they are alone
 FORGET = 0.98  # how fast that trust follows what is seen
-TIE = 1e-6  # scores closer than this are equal and go by position: rounding must not decide a search
-
-
-def ranked(scores: np.ndarray) -> np.ndarray:
-    """Places by falling score; runs of scores that lie within `TIE` of their neighbours go by place."""
-    order = np.argsort(-scores, kind="stable")
-    with np.errstate(invalid="ignore"):
-        new_run = -np.diff(scores[order]) > TIE
-    return order[np.lexsort((order, np.concatenate([[0], np.cumsum(new_run)])))]
 
 
 class Decoupling(Attack):
@@ -319,7 +311,7 @@ class Hunt:
         room = SCREEN * min(self.budget, 500) - self.asked
         inner = [region for region in tops if u.children[region]]
         while inner and room > 0:
-            order = ranked(np.abs(self.effect[inner]))
+            order = ranked(-np.abs(self.effect[inner]))
             chosen, inner = [inner[i] for i in order[:4]], [inner[i] for i in order[4:]]
             parts = [part for region in chosen for part in u.children[region]][: math.ceil(room)]
             room -= len(parts)
@@ -330,8 +322,8 @@ class Hunt:
         """Where no small flip is known: more and more of the atoms with the largest effects, by themselves and with
         the best removal that is known."""
         u = self.universe
-        order = ranked(self.effect[u.atoms])
-        nearest = self.sets[ranked(-self.distances[: self.known])[0]]
+        order = ranked(-self.effect[u.atoms])
+        nearest = self.sets[ranked(self.distances[: self.known])[0]]
         sizes = [size for size in GROWTH if size < len(order)]
         for base in (self.sets[0], nearest):
             yield from self.ask([base | u.union(u.atoms[order[:size]]) for size in sizes], "grow")
@@ -351,7 +343,7 @@ class Hunt:
             spare = [piece for piece, row in rows.items() if self.flipped[row]]
             if len(spare) > 1:  # the large ones first, and those that matter least
                 spare = [
-                    spare[i] for i in ranked(np.array([-self.distances[rows[p]] * self.region_price[p] for p in spare]))
+                    spare[i] for i in ranked(np.array([self.distances[rows[p]] * self.region_price[p] for p in spare]))
                 ]
                 together = [size for size in GROWTH if size < len(spare)] + [len(spare)]
                 yield from self.ask([best & ~u.union(spare[:size]) for size in together], "shrink")
@@ -393,7 +385,11 @@ class Hunt:
             self.proven = len(self.universe.parts(self.best)) == 1  # type: ignore[arg-type]
             return
         missing: list[np.ndarray] = []
-        for number, chosen in enumerate(ascending_sets(self.price, self.bound - 1e-9)):
+        for number, places in enumerate(ascending(self.price)):
+            chosen = np.zeros(len(self.price), dtype=bool)
+            chosen[list(places)] = True
+            if self.cost(chosen) >= self.bound - 1e-9:
+                break
             if chosen.tobytes() not in self.rows:
                 missing.append(chosen)
             if len(missing) > self.left or number > 4 * self.budget or number > 4000:
@@ -442,7 +438,7 @@ class Hunt:
         known = self.known
         variance, effect = self.uncertainty(), self.effects()
         spread = np.sqrt(variance.mean())
-        near = ranked(-self.distances[:known] / spread - 2 * np.log1p(self.costs[:known] / self.fine))
+        near = ranked(self.distances[:known] / spread + 2 * np.log1p(self.costs[:known] / self.fine))
         for first in range(0, known, POOL):  # further ones only where nothing is left to make of the nearest
             pool = np.sort(near[first : first + POOL])
             if self.best is not None:
@@ -472,7 +468,7 @@ class Hunt:
         found: dict[bytes, tuple[np.ndarray, int, int, float]] = {}
         while not found:
             top = np.sort(np.argpartition(-flat, many - 1)[:many])
-            top = top[ranked(flat[top])]
+            top = top[ranked(-flat[top])]
             if flat[top[0]] == -np.inf:
                 break
             for place in top[flat[top] > -np.inf]:
@@ -510,7 +506,7 @@ class Hunt:
         while len(picked) < min(ROUND, self.left, len(sets)):
             score = self.score(predicted, np.sqrt(np.maximum(far, 1e-12)), cost)
             score[picked] = -np.inf
-            best = int(ranked(score)[0])
+            best = int(ranked(-score)[0])
             if score[best] == -np.inf and picked:
                 break
             picked.append(best)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterator, Sequence
 from itertools import islice
 
-from muroan.attacks.atoms import atoms
 from muroan.attacks.base import Ask, Attack, AttackedSample, Search
+from muroan.attacks.universe import ascending, atoms
 from muroan.errors import MuroanError
 from muroan.modalities import Removal
 
@@ -48,29 +46,3 @@ class Exhaustive(Attack):
             return None
         winner = next(islice(ascending(areas), len(responses) - 1, None))
         return Removal(tuple(parts[i] for i in winner))
-
-
-def ascending(costs: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """All non-empty sets of positions, by their total cost; ties by number, then by position in ascending order.
-
-    They are made as they are taken: what is kept is the sets one step beyond those given out.
-
-    Args:
-        costs: of each position, positive.
-
-    >>> list(ascending([4, 1, 3]))
-    [(1,), (2,), (0,), (1, 2), (0, 1), (0, 2), (0, 1, 2)]
-    """
-    order = sorted(range(len(costs)), key=lambda i: costs[i])
-    # A set is known by ranks in `order`. It is reached in one way alone: from the set whose last rank is one lower, or,
-    # where that is taken, from the set without the last.
-    heap = [(costs[order[0]], 1, (order[0],), (0,))] if order else []
-    while heap:
-        _, _, chosen, ranks = heapq.heappop(heap)
-        yield chosen
-        last = ranks[-1] + 1
-        if last < len(order):
-            for kept in (ranks, ranks[:-1]):
-                further = (*kept, last)
-                total = sum(costs[order[r]] for r in further)
-                heapq.heappush(heap, (total, len(further), tuple(sorted(order[r] for r in further)), further))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any
 
-from muroan.attacks.atoms import ROUNDING, Smallest, atoms, prune, ranked
 from muroan.attacks.base import Ask, Attack, AttackedSample, BudgetExhausted, Search
+from muroan.attacks.greedy import ROUNDING, Smallest, prune, ranked
+from muroan.attacks.universe import atoms
 from muroan.modalities import Region, Removal
 
 

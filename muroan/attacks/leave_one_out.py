@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from muroan.attacks.atoms import Smallest, atoms
 from muroan.attacks.base import Ask, Attack, AttackedSample, BudgetExhausted, Search
+from muroan.attacks.greedy import Smallest
+from muroan.attacks.universe import atoms
 from muroan.errors import MuroanError
 from muroan.modalities import Removal, Text
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from itertools import chain, combinations
 
-from muroan.attacks.atoms import Smallest
 from muroan.attacks.base import Ask, Attack, AttackedSample, BudgetExhausted, Search
+from muroan.attacks.greedy import Smallest
 from muroan.errors import MuroanError
 from muroan.modalities import Removal
 

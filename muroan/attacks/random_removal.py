@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from muroan.attacks.atoms import Smallest
 from muroan.attacks.base import Ask, Attack, AttackedSample, BudgetExhausted, Search
+from muroan.attacks.greedy import Smallest
 from muroan.errors import MuroanError
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from muroan.attacks.atoms import Smallest, atoms, prune, ranked
 from muroan.attacks.base import Ask, Attack, AttackedSample, BudgetExhausted, Search, Target, Together
+from muroan.attacks.greedy import Smallest, prune, ranked
+from muroan.attacks.universe import atoms
 from muroan.attacks.values import check_choice, check_positive
 from muroan.errors import MuroanError
 from muroan.modalities import Region, Removal, Text

@@ -11,6 +11,14 @@ from muroan.attacks.base import AttackedSample
 from muroan.modalities import Region, Removal
 
 
+def atoms(sample: AttackedSample) -> list[Region]:
+    """The regions that the threat model splits no further, in the universe's order.
+
+    They tile the input, so that every removal of the universe is a set of them and sizes add up.
+    """
+    return [region for region in sample.universe() if not sample.split(region)]
+
+
 class Universe:
     """The regions of a sample as rows of numbers, so that a search can weigh all of them at once.
 
@@ -82,31 +90,27 @@ class Universe:
         return self.union([rows[region] for region in removal.regions])
 
 
-def ascending_sets(prices: np.ndarray, below: float) -> Iterator[np.ndarray]:
-    """All non-empty sets of atoms that cost less than `below`, the cheapest first; lazily, there may be very many.
+def ascending(costs: Sequence[float] | np.ndarray) -> Iterator[tuple[int, ...]]:
+    """All non-empty sets of positions, by their total cost; ties by number, then by position in ascending order.
+
+    They are made as they are taken: what is kept is the sets one step beyond those given out.
 
     Args:
-        prices: (A,) above 0, of each atom; a set costs their sum.
+        costs: of each position, positive.
 
-    Yields:
-        (A,) bool; sets of equal cost come in a fixed order.
-
-    >>> [np.flatnonzero(chosen).tolist() for chosen in ascending_sets(np.array([2.0, 1.0, 4.0]), 5.0)]
-    [[1], [0], [0, 1], [2]]
+    >>> list(ascending([4, 1, 3]))
+    [(1,), (2,), (0,), (1, 2), (0, 1), (0, 2), (0, 1, 2)]
     """
-    order = np.argsort(prices, kind="stable")
-    sorted_prices = prices[order]
-    # A set is followed by the one with its dearest atom replaced by the next dearer, and the one with that added.
-    heap: list[tuple[float, tuple[int, ...]]] = [(float(sorted_prices[0]), (0,))] if len(prices) else []
+    order = sorted(range(len(costs)), key=lambda i: costs[i])
+    # A set is known by ranks in `order`. It is reached in one way alone: from the set whose last rank is one lower, or,
+    # where that is taken, from the set without the last.
+    heap = [(costs[order[0]], 1, (order[0],), (0,))] if order else []
     while heap:
-        cost, places = heapq.heappop(heap)
-        if cost >= below:
-            return
-        chosen = np.zeros(len(prices), dtype=bool)
-        chosen[order[list(places)]] = True
+        _, _, chosen, ranks = heapq.heappop(heap)
         yield chosen
-        last = places[-1]
-        if last + 1 < len(prices):
-            dearer = float(sorted_prices[last + 1])
-            heapq.heappush(heap, (cost + dearer, (*places, last + 1)))
-            heapq.heappush(heap, (cost + dearer - float(sorted_prices[last]), (*places[:-1], last + 1)))
+        last = ranks[-1] + 1
+        if last < len(order):
+            for kept in (ranks, ranks[:-1]):
+                further = (*kept, last)
+                total = sum(costs[order[r]] for r in further)
+                heapq.heappush(heap, (total, len(further), tuple(sorted(order[r] for r in further)), further))

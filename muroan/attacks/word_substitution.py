@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from muroan.attacks.atoms import ROUNDING, ranked
 from muroan.attacks.base import BatchAttack, Perturbation, Target
 from muroan.attacks.canvas import predict_in_passes
+from muroan.attacks.greedy import ROUNDING, ranked
 from muroan.attacks.target import embedding_table
 from muroan.errors import MuroanError
 from muroan.modalities import Text, WordTokenizer

@@ -19,12 +19,12 @@ from art.attacks.evasion import ProjectedGradientDescentPyTorch  # noqa: E402
 from art.estimators.classification import PyTorchClassifier  # noqa: E402
 
 import muroan  # noqa: E402
-from muroan.attacks.atoms import atoms  # noqa: E402
 from muroan.attacks.base import AttackedSample, Response, ThreatModel  # noqa: E402
 from muroan.attacks.pgd import Pgd, PgdL2, PgdLinf  # noqa: E402
 from muroan.attacks.saliency_removal import SaliencyRemoval  # noqa: E402
 from muroan.attacks.sigma_zero import SigmaZero  # noqa: E402
 from muroan.attacks.target import Target  # noqa: E402
+from muroan.attacks.universe import atoms  # noqa: E402
 from muroan.data.samples import Example, PreparedDataset, Sample  # noqa: E402
 from muroan.modalities import Image, Text, WordTokenizer  # noqa: E402
 from muroan.models.base import MultimodalModel  # noqa: E402

@@ -1,4 +1,4 @@
-"""The finest regions of a sample, and what the searches that put them together share."""
+"""What searches share that put single regions together by how much each does."""
 
 from __future__ import annotations
 
@@ -7,30 +7,22 @@ from collections.abc import Generator, Iterable, Sequence
 import numpy as np
 
 from muroan.attacks.base import Ask, AttackedSample, Response
-from muroan.modalities import Region, Removal
+from muroan.modalities import Removal
 
 ROUNDING = 1e-5  # margins closer than this may differ by the arithmetic of another batch size alone
 
 
-def atoms(sample: AttackedSample) -> list[Region]:
-    """The regions that the threat model splits no further, in the universe's order.
-
-    They tile the input, so that every removal of the universe is a set of them and sizes add up.
-    """
-    return [region for region in sample.universe() if not sample.split(region)]
-
-
-def ranked(margins: Sequence[float]) -> list[int]:
-    """Positions of margins from the lowest up. Those within `ROUNDING` of the one before keep their order of position.
+def ranked(values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Places of values from the lowest up. Those within `ROUNDING` of the one before keep their order of position.
 
     >>> ranked([0.3, 0.1 + 1e-9, 0.1, -2.0])
-    [3, 1, 2, 0]
+    array([3, 1, 2, 0])
     """
-    values = np.asarray(margins, dtype=float)
+    values = np.asarray(values, dtype=float)
     order = np.argsort(values, kind="stable")
-    group = np.zeros(len(values), dtype=int)
-    group[order[1:]] = np.cumsum(np.diff(values[order]) > ROUNDING)
-    return sorted(range(len(values)), key=lambda i: (group[i], i))
+    with np.errstate(invalid="ignore"):
+        higher = np.diff(values[order]) > ROUNDING  # of two infinite ones it is not
+    return order[np.lexsort((order, np.concatenate([[0], np.cumsum(higher)])))]
 
 
 class Smallest:
