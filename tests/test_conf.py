@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import muroan.cli  # registers the resolvers
 from muroan.attacks.base import Attack, ThreatModel
+from muroan.errors import MuroanError
 from muroan.modalities import Audio, Image, Text, WordTokenizer
 
 CONF = ROOT / "conf"
@@ -62,6 +63,12 @@ def test_attacks(name: str) -> None:
     attack = instantiate(job(f"attack={name}").attack)
     assert isinstance(attack, Attack)
     assert attack.name == name, "the name in records is the name of the choice"
+
+
+def test_a_class_is_known_by_its_name() -> None:
+    assert muroan.cli.class_index("red", ["blue", "red"]) == 1
+    with pytest.raises(MuroanError, match="attack.target=green: the dataset has no such class; it has blue, red"):
+        muroan.cli.class_index("green", ["blue", "red"])
 
 
 @pytest.mark.parametrize("name", [name for group, name in CHOICES if group == "tracker"])

@@ -809,6 +809,11 @@ def test_a_min_side_below_one_is_refused(side):
         QueryEngine(never(), RandomRemoval(), ThreatModel(min_side={"image": side}))
 
 
+def test_a_min_side_larger_than_the_input_is_refused():
+    with pytest.raises(MuroanError, match=r"min_side.image=99 is larger than the whole image \(3\)"):
+        QueryEngine(never(), RandomRemoval(), ThreatModel(min_side={"image": 99}))
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Attacks are not believed
 

@@ -20,12 +20,12 @@ import muroan
 from muroan.attacks.base import AttackedSample, BatchAttack, Perturbation, Response, ThreatModel
 from muroan.attacks.co_attack import CoAttack, divergence
 from muroan.attacks.fusion_embedding import FusionEmbedding
-from muroan.attacks.greedy import atoms
 from muroan.attacks.pgd import Pgd, PgdL2, PgdLinf
 from muroan.attacks.pgd_l0 import PgdL0
 from muroan.attacks.saliency_removal import SaliencyRemoval
 from muroan.attacks.sigma_zero import SigmaZero
 from muroan.attacks.target import Target
+from muroan.attacks.universe import atoms
 from muroan.attacks.values import Values
 from muroan.callbacks import AttackCallback
 from muroan.data.base import MultimodalData
