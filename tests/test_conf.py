@@ -67,7 +67,7 @@ def test_attacks(name: str) -> None:
 
 def test_a_class_is_known_by_its_name() -> None:
     assert muroan.cli.class_index("red", ["blue", "red"]) == 1
-    with pytest.raises(MuroanError, match="attack.target=green: the dataset has no such class; it has blue, red"):
+    with pytest.raises(MuroanError, match=r"attack\.target=green: the dataset has no such class; it has blue, red"):
         muroan.cli.class_index("green", ["blue", "red"])
 
 

@@ -21,6 +21,7 @@ Asking = Generator[Ask, list[Response], None]
 # (cross_attention, seed 0); docs/results.md has what others make of them.
 CHEAP = 0.3  # share of the budget for trying all sets of those atoms that cost next to nothing
 SCREEN = 0.4  # share of the budget after which single regions are no longer screened
+UNIVERSES = 64  # universes that are remembered
 GROWN = 0.05  # flips of more than this share of everything call for growing one from small removals
 GROWTH = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 ROUND = 8  # removals an ask: fewer would learn more between asks, more would fill batches better
@@ -94,6 +95,7 @@ class Decoupling(Attack):
         self.objective, self.valid_only, self.patience = objective, valid_only, patience
         self.modalities = None if modalities is None else list(modalities)
         self.target, self.embedding = target, embedding
+        self._universes: dict[object, Universe] = {}
         # A record must not look as if it came from the untargeted, joint attack.
         goal = ["targeted"] if target is not None else ["embedding"] if embedding is not None else []
         self.name = "_".join(["decoupling", *(self.modalities or []), *goal])
@@ -121,6 +123,16 @@ class Decoupling(Attack):
             return float(others.max() - response.logits[self.target])
         return response.margin
 
+    def universe(self, sample: AttackedSample, names: Sequence[str]) -> Universe:
+        """The sample's universe; samples of equal layout under one threat model share one."""
+        sides = sample.threat_model.min_side
+        key = tuple((name, sample.layouts[name].grid, sides[name], sample.modalities[name]) for name in names)
+        if key not in self._universes:
+            if len(self._universes) >= UNIVERSES:
+                self._universes.clear()
+            self._universes[key] = Universe(sample, names)
+        return self._universes[key]
+
     # -- the search -----------------------------------------------------------------------------------------
 
     def search(self, sample: AttackedSample) -> Search:
@@ -130,7 +142,7 @@ class Decoupling(Attack):
             raise MuroanError(f"attack.modalities names {absent}, the model has {list(sample.modalities)}")
         if self.valid_only and sample.valid is None:
             raise MuroanError("attack.valid_only needs a dataset that can tell whether a label is still right")
-        hunt = Hunt(self, sample, Universe(sample, names))
+        hunt = Hunt(self, sample, self.universe(sample, names))
         try:
             yield from hunt.run()
         except BudgetExhausted as refusal:
