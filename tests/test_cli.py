@@ -183,7 +183,7 @@ def test_two_processes_write_the_records_of_one(trained: Path, undisturbed: Path
     summary = json.loads((undisturbed / "summary.json").read_text())
     assert json.loads((run / "summary.json").read_text()) == summary
     # What Lightning logged is summed over both processes.
-    header, row = (run / "csv/metrics.csv").read_text().split()[:2]
+    header, row = (run / "version_0/metrics.csv").read_text().split()[:2]
     logged_metrics = dict(zip(header.split(","), row.split(","), strict=True))
     for name in ("attack_success_rate", "robust_accuracy", "decoupled_fraction_median", "queries"):
         assert float(logged_metrics[f"attack/{name}"]) == pytest.approx(summary[name]["value"], rel=1e-5)
@@ -255,7 +255,7 @@ def leveldb_records(content: bytes) -> Iterator[bytes]:
 @pytest.mark.slow
 def test_a_killed_training_goes_on(tmp_path: Path) -> None:
     options = [*SMALL, "training.epochs=4", "dataset.test_limit=32", f"folders.train={tmp_path / 'model'}"]
-    command = [sys.executable, "-m", "muroan.cli", "train", *options, "tracker=none"]
+    command = [sys.executable, "-m", "muroan.cli", "train", *options]
     process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=-1, stderr=-1)
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and not (tmp_path / "model/last.ckpt").exists():
@@ -263,10 +263,13 @@ def test_a_killed_training_goes_on(tmp_path: Path) -> None:
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (tmp_path / "model/summary.json").exists()
-    done = muroan("train", *options, "tracker=none", cwd=tmp_path)
+    done = muroan("train", *options, cwd=tmp_path)
     assert "Epoch 0" not in done.stderr + done.stdout
     assert (tmp_path / "model/summary.json").exists()
-    assert "already trained" in muroan("train", *options, "tracker=none", cwd=tmp_path).stdout
+    before, after = (tmp_path / f"model/version_{i}/metrics.csv" for i in range(2))
+    assert before.exists()  # what was logged before the kill is still there
+    assert after.exists()
+    assert "already trained" in muroan("train", *options, cwd=tmp_path).stdout
 
 
 def test_installed_wheel_in_an_empty_folder(trained: Path, tmp_path: Path) -> None:
