@@ -442,11 +442,16 @@ class TestFiles:
         (tmp_path / "empty").mkdir()
         with pytest.raises(MuroanError, match=r"empty has no run.json"):
             write([tmp_path / "empty"], tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_attacks_on_different_models_make_a_table_without_tests(self, tmp_path):
         write_run(tmp_path / "a", "guided", GUIDED, weights="w")
         write_run(tmp_path / "b", "random_removal", RANDOM, weights="v")
-        with pytest.raises(MuroanError, match=r"no two attacks of these 2 run.* in common"):
-            write([tmp_path], tmp_path / "out")
-        assert not (tmp_path / "out").exists()
+        comparison = compared(tmp_path)
+        assert len(comparison.targets) == 2
+        assert comparison.pairs == []
+        assert sum("is the only attack" in note for note in comparison.notes) == 2
+        write([tmp_path], tmp_path / "out")
 
 
 class TestReportPage:

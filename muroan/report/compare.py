@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import binomtest
 
-from muroan.errors import MuroanError
 from muroan.metrics import columns, reduce_column
 from muroan.modalities import stable_seed
 from muroan.report import plots
@@ -205,18 +204,9 @@ def write(folders: Sequence[Path], out: Path, pool_seeds: bool = True) -> Path:
 
 
 def compare(runs: Sequence[Run], pool_seeds: bool = True) -> Comparison:
-    """The attacks of some runs by target, and paired tests between them.
-
-    Raises:
-        MuroanError: no two attacks have a target in common.
-    """
+    """The attacks of some runs by target, and paired tests between those that have a target in common."""
     rows, notes = _rows(runs, pool_seeds)
     targets = _targets(rows)
-    if all(len(target.rows) == 1 for target in targets):
-        raise MuroanError(
-            f"no two attacks of these {len(runs)} run(s) have a target (dataset, model and weights) in common, so "
-            f"there is nothing to compare: name more runs, or see each with `muroan report`"
-        )
     pairs: list[Pair] = []
     for target in targets:
         if len(target.rows) == 1:
