@@ -22,7 +22,8 @@ def ranked(values: Sequence[float] | np.ndarray) -> np.ndarray:
     order = np.argsort(values, kind="stable")
     with np.errstate(invalid="ignore"):
         higher = np.diff(values[order]) > ROUNDING  # of two infinite ones it is not
-    return order[np.lexsort((order, np.concatenate([[0], np.cumsum(higher)])))]
+    run = np.concatenate([[0], np.cumsum(higher)])[: len(order)]
+    return order[np.lexsort((order, run))]
 
 
 class Smallest:
