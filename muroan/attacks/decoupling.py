@@ -17,8 +17,8 @@ from muroan.errors import MuroanError
 
 Asking = Generator[Ask, list[Response], None]
 
-# How the search weighs what it knows. Chosen on the first 300 test samples of easy_vqa with one trained model
-# (cross_attention, seed 0); docs/results.md has what others make of them.
+# How the search weighs what it knows. Chosen on the first 100 to 300 test samples of three models of seed 0 (easy_vqa's
+# mmbt and cross_attention, digit_sum's concat); docs/results.md has what the attack makes of other models.
 CHEAP = 0.3  # share of the budget for trying all sets of those atoms that cost next to nothing
 SCREEN = 0.4  # share of the budget after which single regions are no longer screened
 UNIVERSES = 64  # universes that are remembered
