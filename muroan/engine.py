@@ -217,7 +217,7 @@ class QueryEngine:
         seed: of the attack's draws and of noise replacements.
         keep_media: records of the first so many samples hold what a report needs to draw them.
         reuse_features: False encodes every modality for every question; for measuring.
-        donors: samples that are not attacked, from which an attack may take parts; their first inputs are kept.
+        donors: samples that are not attacked, from which an attack may take parts.
         still_valid: the dataset's; see `MultimodalData.still_valid`.
 
     Raises:

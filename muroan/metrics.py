@@ -64,7 +64,7 @@ def columns(results: Sequence[AttackResult]) -> dict[str, tuple[np.ndarray, str]
     fraction = column(lambda r: r.decoupled_fraction, flipped)
     table = {
         "clean_accuracy": (100 * column(lambda r: r.clean_label == r.label), "mean"),
-        "robust_accuracy": (100 * column(lambda r: r.clean_label == r.label and not r.flipped), "mean"),
+        "robust_accuracy": (100 * column(lambda r: r.clean_label == r.label == r.adversarial_label), "mean"),
         "attack_success_rate": (100 * column(lambda r: r.flipped, attacked), "mean"),
         "decoupled_fraction_mean": (fraction, "mean"),
         "decoupled_fraction_median": (fraction, "median"),

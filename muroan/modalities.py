@@ -287,8 +287,15 @@ class Modality(ABC):
         return None
 
     def span(self) -> tuple[Tensor, Tensor]:
-        """The lowest and highest value of a prepared continuous input, one a channel (or one)."""
-        raise NotImplementedError(f"{type(self).__name__} has no range of values")
+        """The lowest and highest value of a prepared input, one a channel (or one), for attacks that choose values.
+
+        Raises:
+            MuroanError: this kind of input has none, as in the base.
+        """
+        raise MuroanError(
+            f"{type(self).__name__} has no range of values that an attack could choose from: choose a removal attack, "
+            f"or give the class a method span() that returns the lowest and the highest"
+        )
 
     def check_min_side(self, name: str, min_side: int) -> None:
         """Raises MuroanError where regions of that size could not be made of any input."""

@@ -102,6 +102,14 @@ class TestByHand:
     def test_shares_add_up(self):
         assert sum(BY_HAND[f"modality_share_{name}"] for name in ("image", "text", "joint")) == 100
 
+    def test_a_goal_that_leaves_the_label_right_leaves_the_model_robust(self):
+        """An attack on the embedding may reach it while the prediction is still the label, 1."""
+        moved = flip(0, text=1)
+        moved.adversarial_label = 1
+        summary = summarise([moved, flip(1, text=1)], resamples=10)
+        assert summary["attack_success_rate"]["value"] == 100
+        assert summary["robust_accuracy"]["value"] == 50
+
     def test_clean_robust_and_success_belong_together(self):
         assert BY_HAND["robust_accuracy"] == pytest.approx(
             BY_HAND["clean_accuracy"] * (1 - BY_HAND["attack_success_rate"] / 100)

@@ -19,8 +19,8 @@ Asking = Generator[Ask, list[Response], None]
 
 # How the search weighs what it knows. Chosen on the first 100 to 300 test samples of three models of seed 0 (easy_vqa's
 # mmbt and cross_attention, digit_sum's concat); docs/results.md has what the attack makes of other models.
-CHEAP = 0.3  # share of the budget for trying all sets of those atoms that cost next to nothing
-SCREEN = 0.4  # share of the budget after which single regions are no longer screened
+CHEAP = 0.3  # share of the budget (of 500 of a larger one) for trying all sets of atoms that cost next to nothing
+SCREEN = 0.4  # likewise, after which single regions are no longer screened
 UNIVERSES = 64  # universes that are remembered
 GROWN = 0.05  # flips of more than this share of everything call for growing one from small removals
 GROWTH = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
@@ -37,8 +37,8 @@ class Decoupling(Attack):
     """The strongest decoupling that this project has: removal only, queries only, over any set of modalities.
 
     The paper (Vishwamitra et al., arXiv 2112.12792) looks for salient datapoints, couples them and takes the first
-    combination that flips. This search keeps that picture and is guided by the margin and the shift of the fusion
-    embedding:
+    combination that flips. This search keeps that picture and is guided by the margin (without labels, by the fusion
+    embedding's own; see `embedding`):
 
     1. *Cheap atoms*: where all atoms of a kind together cost less than any other one (words beside image regions),
        their sets are tried by size; the first flip is the proven minimum.
@@ -52,7 +52,7 @@ class Decoupling(Attack):
        same rule grows a removal until it flips and shrinks it afterwards.
     5. *Prove*: when no more smaller removals are left than the budget allows, all are asked, the smallest first.
 
-    `info` records how many atoms there were, and how many queries went into each of the steps (the ledger's phases).
+    `info` records how many atoms there were; the ledger's phases tell what each step took.
 
     Args:
         objective: what is to be small: `fraction` of all elements removed; `normalised`, the mean over modalities of

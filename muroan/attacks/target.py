@@ -122,10 +122,6 @@ class Target:
         """(B,) queries that each row may still make; infinite without a budget."""
         return self._budgets - self.queries
 
-    def steps(self, cost: int, most: int) -> int:
-        """How many steps of so many queries every row can afford, at most `most`."""
-        return int(min(most, self.left().min() // cost))
-
     def able(self, rows: Tensor, cost: int) -> Tensor:
         """Those of the rows (n,) that can afford so many queries more, each for itself."""
         return rows[torch.as_tensor(self.left() >= cost, device=self.device)[rows]]

@@ -83,7 +83,7 @@ STATUSES = {
     "flipped": "the prediction changed",
     "held": "the attack found nothing and gave up",
     "budget_exhausted": "the attack ran out of queries",
-    "skipped": "the model was wrong before the attack",
+    "skipped": "the model was wrong before the attack, or the sample is of the class that the attack is after",
 }
 
 
