@@ -38,7 +38,7 @@ DEFAULTS = {
     "attacks": "",
 }
 QUICK = {"models": "mmbt", "datasets": "easy_vqa", "seeds": "0", "samples": "20"}
-QUICK_OPTIONS = ["dataset.train_limit=600", "dataset.val_limit=100", "training.epochs=1"]
+QUICK_OPTIONS = ["dataset.train_limit=12000", "dataset.val_limit=100", "training.epochs=2"]
 # What each dataset is trained with, besides the model's own defaults.
 TRAINED = {"easy_vqa": ["dataset=easy_vqa"], "digit_sum": ["experiment=digit_sum"]}
 OUT = "outputs/experiments/attacks"
