@@ -30,6 +30,55 @@ def donors(data: MultimodalData) -> list[Sample]:
     return [sample for sample in found if isinstance(sample, Sample)]
 
 
+def autocast_precision(trainer: pl.Trainer) -> str:
+    """The engine's `precision` for a trainer's."""
+    return {"bf16-mixed": "bf16", "16-mixed": "16"}.get(str(trainer.precision), "32")
+
+
+class RobustValidation(pl.Callback):
+    """Attacks validation samples after each epoch of training and logs `val/robust_accuracy` and
+    `val/attack_success_rate`, in percent.
+
+    Args:
+        attack, threat_model, batch_size, seed: see `QueryEngine`; the draws are the same after every epoch.
+        samples: the first so many validation samples, over all processes.
+    """
+
+    def __init__(
+        self, attack: Attack, samples: int, threat_model: ThreatModel | None = None, batch_size: int = 64, seed: int = 0
+    ):
+        self.attack, self.samples, self.threat_model = attack, samples, threat_model
+        self.batch_size, self.seed = batch_size, seed
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        data: Any = getattr(trainer, "datamodule", None)
+        if not isinstance(data, MultimodalData):
+            raise MuroanError("RobustValidation needs a MultimodalData as the trainer's datamodule")
+        model: Any = pl_module.model
+        engine = QueryEngine(
+            model,
+            self.attack,
+            self.threat_model,
+            self.batch_size,
+            autocast_precision(trainer),
+            self.seed,
+            keep_media=0,
+            donors=donors(data) if self.attack.needs_donors else (),
+            still_valid=data.still_valid,
+            audit=False,
+        )
+        robust, success = RobustAccuracy().to(pl_module.device), AttackSuccessRate().to(pl_module.device)
+        prepared = data.prepared("val")
+        places = range(trainer.global_rank, min(self.samples, len(prepared)), trainer.world_size)
+        samples = (prepared[place] for place in places)
+        for r in engine.run(sample for sample in samples if isinstance(sample, Sample)):
+            labels = (r.clean_label, r.adversarial_label, r.label)
+            robust.update(*(torch.tensor([label], device=pl_module.device) for label in labels))
+            success.update(*(torch.tensor([x], device=pl_module.device) for x in (r.flipped, r.attacked)))
+        pl_module.log("val/robust_accuracy", robust.compute().float(), prog_bar=True)
+        pl_module.log("val/attack_success_rate", success.compute().float())
+
+
 class AttackCallback(pl.Callback):
     """Attacks the samples of every test batch; records stream to a run folder as samples finish.
 
@@ -70,13 +119,12 @@ class AttackCallback(pl.Callback):
             )
         data = getattr(trainer, "datamodule", None)
         multimodal = data if isinstance(data, MultimodalData) else None
-        precision = {"bf16-mixed": "bf16", "16-mixed": "16"}.get(str(trainer.precision), "32")
         self.engine = QueryEngine(
             model,
             self.attack,
             self.threat_model,
             self.batch_size,
-            precision,
+            autocast_precision(trainer),
             self.seed,
             self.keep_media,
             donors=donors(multimodal) if multimodal and self.attack.needs_donors else (),

@@ -1,15 +1,17 @@
-"""The command line, `muroan train | attack | report | compare | transfer`. Nothing else imports Hydra.
+"""The command line, `muroan train | harden | attack | report | compare | transfer`. Nothing else imports Hydra.
 
 What takes seconds to import (torch, Lightning) is imported by the commands: help and unknown choices come at once.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +35,8 @@ MUROAN, the MUltimodal RObustness ANalyzer: how few image regions, words or soun
 
   muroan train   model=mmbt dataset=easy_vqa              train a target model
   muroan attack  model=mmbt dataset=easy_vqa              attack it (attack=decoupling)
+  muroan harden  model=mmbt defense=adversarial_training  retrain it under a defence
+  muroan attack  model=mmbt defense=adversarial_training  attack the hardened model
   muroan report  runs=[outputs/attack]                    tables, plots and an HTML page of all attack runs
   muroan compare runs=[outputs/attack]                    attacks side by side, tested in pairs; Markdown, LaTeX, CSV
   muroan transfer runs=[outputs/attack]                   does what flips one model flip the others? models by models
@@ -55,6 +59,7 @@ def main() -> None:
     """Entry point of the `muroan` command."""
     commands: dict[str, Callable[[DictConfig], None]] = {
         "train": train,
+        "harden": harden,
         "attack": attack,
         "report": report,
         "compare": compare,
@@ -149,11 +154,13 @@ def config_folder() -> Path:
 
 def choices() -> str:
     """The groups and what can be chosen in each, as help."""
-    lines = ["\nChoices:"]
-    for group in sorted(f for f in config_folder().iterdir() if f.is_dir()):
-        names = sorted(file.stem for file in group.glob("*.yaml"))
-        lines.append(f"  {group.name:<12}{' '.join(names)}")
-    return "\n".join(lines)
+    groups = sorted(f.name for f in config_folder().iterdir() if f.is_dir())
+    return "\n".join(["\nChoices:", *(f"  {group:<12}{' '.join(of(group))}" for group in groups)])
+
+
+def of(group: str) -> list[str]:
+    """What can be chosen in a group."""
+    return sorted(file.stem for file in (config_folder() / group).glob("*.yaml"))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -165,13 +172,20 @@ def plain(config: Any, resolve: bool = True) -> Any:
 
 
 def identity(config: DictConfig, command: str, resolve: bool = True) -> dict[str, Any]:
-    """The part of the configuration that decides what `train` learns, or what the records of `attack` say."""
-    own = ("training",) if command == "train" else ("attack", "threat_model")
+    """The part of the configuration that decides what `train` or `harden` learns, or what `attack` records."""
+    own = {
+        "train": ("training",),
+        "harden": ("training", "defense", "hardening"),
+        "attack": ("attack", "threat_model"),
+    }[command]
     keys = ("model", "dataset", "seed", *own)
     chosen = {key: plain(config[key], resolve) for key in keys}
-    split = ("test_limit", "visible") if command == "train" else ("train_limit", "val_limit")
+    split = ("train_limit", "val_limit") if command == "attack" else ("test_limit", "visible")
     chosen["dataset"] = {k: v for k, v in chosen["dataset"].items() if k not in (*LOADING, *split)}
-    if command == "train":
+    if command == "harden":
+        chosen["start"] = config.checkpoint
+        chosen["defense"] = {k: v for k, v in (chosen["defense"] or {}).items() if k != "folder"}
+    if command != "attack":
         chosen["batch_size"] = config.dataset.batch_size
     else:
         chosen["precision"] = config.device.precision
@@ -185,7 +199,8 @@ def cell(command: str, *, _root_: DictConfig) -> str:
 
     chosen = identity(_root_, command, resolve=False)
     if command == "attack":
-        chosen["trained"] = _root_.checkpoint or identity(_root_, "train", resolve=False)
+        trained = "train" if _root_.defense is None else "harden"
+        chosen["trained"] = _root_.checkpoint or identity(_root_, trained, resolve=False)
     return fingerprint(chosen)[:6]
 
 
@@ -237,30 +252,101 @@ def trainer_options(config: DictConfig) -> dict[str, Any]:
 
 def train(config: DictConfig) -> None:
     """Train a target model; `best.ckpt` is the one with the best validation accuracy."""
+    from muroan.training.module import MultimodalModule
+
+    if already_trained(config):
+        return
+    check_epochs("training.epochs", config.training.epochs)
+    data, model = build(config)
+    module = MultimodalModule(model, **optimisation(config.training))
+    fit(config, "train", config.training, data, module, "val/accuracy")
+
+
+def harden(config: DictConfig) -> None:
+    """Retrain a model under a defence; `best.ckpt` is the one with the best robust accuracy on validation samples."""
+    from pytorch_lightning.callbacks import Callback, EarlyStopping
+
+    from muroan.callbacks import RobustValidation
+    from muroan.training.module import load_weights
+
+    if config.defense is None:
+        raise MuroanError(f"harden needs a defence, such as defense=adversarial_training: {', '.join(of('defense'))}")
+    if already_trained(config):
+        return
+    options = config.hardening
+    check_epochs("hardening.epochs", options.epochs)
+    if options.start not in ("trained", "scratch"):
+        raise MuroanError(f"hardening.start must be trained or scratch, got {options.start!r}")
+    data, model = build(config)
+    start = find_checkpoint(config, model) if options.start == "trained" else None
+    if start is not None:
+        load_weights(model, start)
+    threat_model = instantiate(options.threat_model)
+    defense = instantiate(config.defense)
+    module = defense(model=model, threat_model=threat_model, seed=config.seed, **optimisation(options))
+    callbacks: list[Callback] = []
+    monitor = "val/accuracy"
+    if options.samples:
+        monitor = "val/robust_accuracy"
+        judge = instantiate(options.attack)
+        callbacks.append(RobustValidation(judge, options.samples, threat_model, config.engine.batch_size, config.seed))
+    callbacks.append(EarlyStopping(monitor, mode="max", patience=options.patience))
+    fit(config, "harden", options, data, module, monitor, callbacks, start)
+
+
+def optimisation(options: DictConfig) -> dict[str, Any]:
+    """Those of the options of a training that its module takes."""
+    return {key: options[key] for key in ("lr", "weight_decay", "warmup")}
+
+
+def check_epochs(name: str, epochs: int) -> None:
+    if epochs < 1:
+        raise MuroanError(f"{name} must be at least 1, got {epochs}")
+
+
+def already_trained(config: DictConfig) -> bool:
+    out = Path(config.out)
+    done = (out / "summary.json").exists() and not config.rerun
+    if done:
+        log.info("already trained: %s (rerun=true trains again)", out / "best.ckpt")
+    return done
+
+
+def fit(
+    config: DictConfig,
+    command: str,
+    options: DictConfig,
+    data: Any,
+    module: Any,
+    monitor: str,
+    callbacks: Sequence[Any] = (),
+    start: Path | None = None,
+) -> None:
+    """Train a module, keep its best and last checkpoints, test it, and sum up.
+
+    Args:
+        command: whose identity the summary tells.
+        options: with `epochs` and `clip`.
+        monitor: the logged figure that is highest at the best epoch.
+        start: the checkpoint whose weights the model has been given.
+    """
     import pytorch_lightning as pl
     from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 
+    from muroan.defenses.base import Defense
     from muroan.results import write_json
-    from muroan.training.module import MultimodalModule, load_weights, weights_hash
+    from muroan.training.module import load_weights, weights_hash
 
     out = Path(config.out)
-    if (out / "summary.json").exists() and not config.rerun:
-        log.info("already trained: %s (rerun=true trains again)", out / "best.ckpt")
-        return
-    if config.training.epochs < 1:
-        raise MuroanError(f"training.epochs must be at least 1, got {config.training.epochs}")
-    data, model = build(config)
-    options = {key: value for key, value in config.training.items() if key not in ("epochs", "clip")}
-    module = MultimodalModule(model, **options)
-    keep = ModelCheckpoint(
-        out, "best", monitor="val/accuracy", mode="max", save_last=True, enable_version_counter=False
-    )
+    keep = ModelCheckpoint(out, "best", monitor=monitor, mode="max", save_last=True, enable_version_counter=False)
     logger = tracker(config)
     trainer = pl.Trainer(
         **trainer_options(config),
-        max_epochs=config.training.epochs,
-        gradient_clip_val=config.training.clip,
-        callbacks=[keep, TQDMProgressBar(refresh_rate=20)],
+        max_epochs=options.epochs,
+        limit_train_batches=options.get("batches"),
+        gradient_clip_val=options.clip,
+        # What judges comes before what keeps and stops by its judgement.
+        callbacks=[*callbacks, keep, TQDMProgressBar(refresh_rate=20)],
         logger=logger,
         num_sanity_val_steps=0,
         log_every_n_steps=20,
@@ -269,36 +355,48 @@ def train(config: DictConfig) -> None:
         logger.log_hyperparams(plain(config))
     last = out / "last.ckpt"
     trainer.fit(module, data, ckpt_path=last if last.exists() and not config.rerun else None)
-    load_weights(model, out / "best.ckpt")
+    cost = module.total_cost() if isinstance(module, Defense) else None
+    load_weights(module.model, out / "best.ckpt")
     (metrics,) = trainer.test(module, data, verbose=False)
-    if trainer.is_global_zero:
-        accuracy = {"val": float(keep.best_model_score), "test": metrics["test/accuracy"]}  # type: ignore[arg-type]
-        summary = {
-            "identity": identity(config, "train"),
-            "accuracy": accuracy,
-            "weights": weights_hash(model),
-            "versions": versions(),
-        }
-        write_json(out / "summary.json", summary)
-        log.info("test accuracy %.1f %%, checkpoint %s", accuracy["test"], out / "best.ckpt")
+    if not trainer.is_global_zero:
+        return
+    best = float(keep.best_model_score)  # type: ignore[arg-type]
+    summary: dict[str, Any] = {
+        "identity": identity(config, command),
+        "accuracy": {"val": best, "test": metrics["test/accuracy"]},
+        "weights": weights_hash(module.model),
+        "versions": versions(),
+    }
+    if cost is not None:
+        summary["accuracy"] = {"test": metrics["test/accuracy"]}
+        summary["best"] = {"monitor": monitor, "value": best}
+        summary |= {"cost": asdict(cost), "start": None if start is None else str(start)}
+    write_json(out / "summary.json", summary)
+    log.info("test accuracy %.1f %%, checkpoint %s", metrics["test/accuracy"], out / "best.ckpt")
 
 
-def find_checkpoint(config: DictConfig, model: Any) -> Path | None:
-    """The checkpoint to attack; None for a model that comes trained.
+def find_checkpoint(config: DictConfig, model: Any, defense: Any = None) -> Path | None:
+    """The checkpoint to attack, or to harden; None for a model that comes trained.
+
+    Args:
+        defense: what the model shall have been hardened by; None for the model as `train` leaves it.
 
     Raises:
         MuroanError: there is none; the message says how to train one.
     """
     if config.checkpoint:
         return Path(config.checkpoint)
-    trained = Path(config.folders.train) / "best.ckpt"
+    trained = Path(config.folders.train if defense is None else config.folders.harden) / "best.ckpt"
     if trained.is_file():
         return trained
-    if model.pretrained:
+    if defense is None and model.pretrained:
         return None
-    words = ["muroan train", *own_overrides("attack", "out", "threat_model", "engine")]
+    without = ["attack", "out", "threat_model", "engine"]
+    without += ["defense", "hardening", "attack@defense", "attack@hardening"] if defense is None else []
+    words = [f"muroan {'train' if defense is None else 'harden'}", *own_overrides(*without)]
+    state = "trained" if defense is None else "hardened"
     raise MuroanError(
-        f"no trained model in {trained.parent}: run `{' '.join(words)}` first, or name one with checkpoint=FILE"
+        f"no {state} model in {trained.parent}: run `{' '.join(words)}` first, or name one with checkpoint=FILE"
     )
 
 
@@ -312,7 +410,7 @@ def attack(config: DictConfig) -> None:
 
     folder = RunFolder(config.out)
     data, model = build(config)
-    checkpoint = find_checkpoint(config, model)
+    checkpoint = find_checkpoint(config, model, config.defense)
     if checkpoint is not None:
         load_weights(model, checkpoint)
     weights = weights_hash(model)
@@ -322,6 +420,8 @@ def attack(config: DictConfig) -> None:
         "attack": chosen["attack"],
         "model": chosen["model"],
         "dataset": chosen["dataset"],
+        "defense": chosen.get("defense"),
+        "training": training_summary(checkpoint),
         "modalities": list(model.modalities),
         "classes": list(data.classes),
         "seed": config.seed,
@@ -352,6 +452,15 @@ def attack(config: DictConfig) -> None:
     trainer.test(MultimodalModule(model), data, verbose=False)
     if trainer.is_global_zero:
         finish_attack(folder, callback.records, data.classes, logger)
+
+
+def training_summary(checkpoint: Path | None) -> dict[str, Any] | None:
+    """How the attacked model came to be, and what that cost, as the summary beside its checkpoint tells."""
+    file = None if checkpoint is None else checkpoint.parent / "summary.json"
+    if file is None or not file.is_file():
+        return None
+    summary = json.loads(file.read_text())
+    return {key: summary[key] for key in ("accuracy", "cost", "best", "start") if key in summary}
 
 
 def class_index(name: str, classes: Sequence[str]) -> int:

@@ -171,7 +171,9 @@ class _Store:
         if values:
             stacked = torch.stack(values)
             stacked = stacked.to(self.device, self.dtype if stacked.is_floating_point() else None)
-            store.setdefault(name, self._room(stacked))[rows] = stacked
+            if name not in store:
+                store[name] = self._room(stacked)
+            store[name][rows] = stacked
 
     def keep_features(self, name: str, slots: Tensor, features: Features) -> None:
         if name not in self.features:
@@ -219,6 +221,8 @@ class QueryEngine:
         reuse_features: False encodes every modality for every question; for measuring.
         donors: samples that are not attacked, from which an attack may take parts.
         still_valid: the dataset's; see `MultimodalData.still_valid`.
+        on_found: is told what each search returned, whether it flips or not.
+        audit: False leaves out whether parts of a flip can be put back: `one_minimal` and `interaction` stay None.
 
     Raises:
         MuroanError: the model is in training mode, or the threat model does not fit it.
@@ -236,6 +240,8 @@ class QueryEngine:
         reuse_features: bool = True,
         donors: Sequence[Sample] = (),
         still_valid: StillValid | None = None,
+        on_found: Callable[[Sample, Removal | Perturbation], None] | None = None,
+        audit: bool = True,
     ):
         if any(module.training for module in model.modules()):
             raise MuroanError("the model is in training mode, so that its answers are random: call model.eval() first")
@@ -248,6 +254,7 @@ class QueryEngine:
         self.batch_size, self.precision, self.seed = batch_size, precision, seed
         self.keep_media, self.reuse_features = keep_media, reuse_features
         self.donors, self.still_valid = list(donors), still_valid
+        self.on_found, self.audit = on_found, audit
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.statistics = EngineStatistics(encoded=dict.fromkeys(model.modalities, 0))
         self._store = _Store(model, self.threat_model, batch_size, self.device)
@@ -375,6 +382,8 @@ class QueryEngine:
             raise MuroanError(
                 f"{self.attack.name}.search must return a {wanted.__name__} or None, got {type(found).__name__}"
             )
+        if self.on_found is not None:
+            self.on_found(sample, found)
         if isinstance(found, Perturbation):
             return (yield from self._judge_perturbation(live, clean, found, failed))
 
@@ -388,13 +397,14 @@ class QueryEngine:
         if not self.attack.reached(sample.label, verified):
             return self._result(live, clean, clean, failed)
 
-        one_less = [found.without(part) for part in found.regions]
-        alone = [found.only(name) for name in found.modalities] if len(found.modalities) > 1 else []
-        responses = yield from self._answer(live, Ask(one_less + alone, AUDIT))
-        restored = [not self.attack.reached(sample.label, response) for response in responses]
         result = self._result(live, clean, verified, "flipped", found)
-        result.one_minimal = all(restored[: len(one_less)])
-        result.interaction = all(restored[len(one_less) :]) if alone else None
+        if self.audit:
+            one_less = [found.without(part) for part in found.regions]
+            alone = [found.only(name) for name in found.modalities] if len(found.modalities) > 1 else []
+            responses = yield from self._answer(live, Ask(one_less + alone, AUDIT))
+            restored = [not self.attack.reached(sample.label, response) for response in responses]
+            result.one_minimal = all(restored[: len(one_less)])
+            result.interaction = all(restored[len(one_less) :]) if alone else None
         if self.still_valid is not None:
             result.still_valid = self.still_valid(sample, found)
         return result
@@ -787,18 +797,13 @@ class QueryEngine:
         for row, part in zip(rows, index, strict=True):
             first.setdefault(part, row)
         asked = [questions[row] for row in first.values()]
-        boxes = [
-            [modality.box(r, q.live.sample.layouts[name]) for r in q.removal.regions if r.modality == name]
-            for q in asked
-        ]
+        regions = [[r for r in q.removal.regions if r.modality == name] for q in asked]
+        boxes = modality.boxes(regions, [q.live.sample.layouts[name] for q in asked])
         sources = self._tensor([q.live.slot for q in asked])
         x = store.inputs[name][sources]
-        most = max(map(len, boxes))
-        if most:
-            width = max(len(box) for row in boxes for box in row)
-            padded = [row + [(0,) * width] * (most - len(row)) for row in boxes]
+        if boxes.shape[1]:
             baseline = store.baselines[name][sources] if name in store.baselines else None
-            x = modality.occlude(x, self._tensor(padded), self.threat_model.replacement[name], baseline)
+            x = modality.occlude(x, boxes.to(self.device), self.threat_model.replacement[name], baseline)
         encoded = self.model.encode(name, x)
         self.statistics.encoded[name] += len(asked)
         if len(parts) < len(rows):

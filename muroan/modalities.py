@@ -275,6 +275,13 @@ class Modality(ABC):
         """The region in positions of the input tensor: starts, then stops."""
         return (*region.start, *region.stop)
 
+    def boxes(self, regions: Sequence[Sequence[Region]], layouts: Sequence[Layout]) -> Tensor:
+        """The regions (B lists) of inputs of these layouts, as `occlude` takes them: (B, R, 2n), R may be 0."""
+        found = [[self.box(r, layout) for r in row] for row, layout in zip(regions, layouts, strict=True)]
+        width = max((len(box) for row in found for box in row), default=0)
+        most = max(map(len, found))
+        return torch.tensor([row + [(0,) * width] * (most - len(row)) for row in found])
+
     def baseline(self, x: Tensor, layout: Layout, replacement: str, seed: int) -> Tensor | None:
         """The values that occlusion puts in place of removed ones, or None where it needs none.
 

@@ -11,9 +11,11 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from toys import flips_when, word
 
 import muroan.cli  # registers the resolvers
 from muroan.attacks.base import Attack, ThreatModel
+from muroan.defenses.base import Defense
 from muroan.errors import MuroanError
 from muroan.modalities import Audio, Image, Text, WordTokenizer
 
@@ -38,10 +40,18 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_there_is_a_group_for_every_choice() -> None:
-    assert {group for group, _ in CHOICES} == {"attack", "dataset", "device", "experiment", "model", "tracker"}
+    assert {group for group, _ in CHOICES} == {
+        "attack",
+        "dataset",
+        "defense",
+        "device",
+        "experiment",
+        "model",
+        "tracker",
+    }
 
 
-@pytest.mark.parametrize("command", ["train", "report"])
+@pytest.mark.parametrize("command", ["train", "harden", "report"])
 def test_every_command_composes(command: str) -> None:
     OmegaConf.resolve(job(command=command))
 
@@ -59,10 +69,22 @@ def test_every_choice_composes(group: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for group, name in CHOICES if group == "attack"])
-def test_attacks(name: str) -> None:
-    attack = instantiate(job(f"attack={name}").attack)
+def test_attacks(name: str, tmp_path: Path) -> None:
+    (tmp_path / "records.jsonl").touch()
+    attack = instantiate(job(f"attack={name}", *([f"attack.run={tmp_path}"] if name == "transferred" else [])).attack)
     assert isinstance(attack, Attack)
     assert attack.name == name, "the name in records is the name of the choice"
+
+
+@pytest.mark.parametrize("name", [name for group, name in CHOICES if group == "defense"])
+def test_defenses(name: str) -> None:
+    config = job(f"defense={name}", command="harden")
+    assert f"mmbt-{name}-" in config.out
+    model = flips_when(lambda present: present.gone(word(0)))
+    module = instantiate(config.defense)(model=model, threat_model=instantiate(config.hardening.threat_model), seed=3)
+    assert isinstance(module, Defense)
+    assert module.seed == 3
+    assert module.threat_model.max_queries == config.hardening.threat_model.max_queries
 
 
 def test_a_class_is_known_by_its_name() -> None:
@@ -110,3 +132,15 @@ def test_an_attack_looks_where_training_wrote() -> None:
     shared = ("model=concat", "seed=2", "training.epochs=1", "dataset.train_limit=50")
     assert job(*shared, "dataset.test_limit=9").folders.train == job(*shared, command="train").out
     assert job(*shared, "seed=3").folders.train != job(*shared, command="train").out
+
+
+def test_an_attack_looks_where_hardening_wrote() -> None:
+    shared = ("model=concat", "seed=2", "defense=adversarial_training", "hardening.lr=1e-4")
+    hardened = job(*shared, command="harden").out
+    assert job(*shared, "dataset.test_limit=9", "threat_model.max_queries=5000").folders.harden == hardened
+    other = ("seed=3", "hardening.epochs=9", "defense.ratio=0.1", "training.epochs=1", "attack@defense.attack=pgd_l2")
+    assert len({hardened, *(job(*shared, option, command="harden").out for option in other)}) == 1 + len(other)
+    assert job(*shared, "defense.folder=elsewhere", command="harden").out == hardened
+    plain = job("model=concat", "seed=2").out
+    assert job(*shared).out != plain
+    assert job("model=concat", "seed=2", "hardening.lr=1e-4").out == plain, "an undefended model has no hardening"

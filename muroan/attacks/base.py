@@ -163,9 +163,7 @@ class AttackedSample:
 
     def split(self, region: Region) -> list[Region]:
         """The children of a region; empty where the threat model allows nothing finer."""
-        if region.longest_side <= self.threat_model.min_side[region.modality]:
-            return []
-        return self.modalities[region.modality].split(region)
+        return split(region, self.modalities, self.threat_model)
 
     def universe(self, *modalities: str) -> list[Region]:
         """All regions below the roots of the given (or all) modalities, depth first.
@@ -198,6 +196,26 @@ class AttackedSample:
         """Removed elements over elements of all modalities, in percent."""
         removed = sum(bits.bit_count() for bits in removed_elements(removal, self.layouts).values())
         return 100 * removed / sum(layout.count for layout in self.layouts.values())
+
+
+def split(region: Region, modalities: Mapping[str, Modality], threat_model: ThreatModel) -> list[Region]:
+    """The children of a region; empty where a (complete) threat model allows nothing finer."""
+    if region.longest_side <= threat_model.min_side[region.modality]:
+        return []
+    return modalities[region.modality].split(region)
+
+
+def descend(
+    root: Region, modalities: Mapping[str, Modality], threat_model: ThreatModel, rng: np.random.Generator
+) -> Region:
+    """A random region below a root: its depth is drawn, then its place, so that large ones come as often as small ones.
+
+    A root that cannot be split is the region.
+    """
+    path = [root]
+    while children := split(path[-1], modalities, threat_model):
+        path.append(children[rng.integers(len(children))])
+    return path[rng.integers(1, len(path))] if len(path) > 1 else root
 
 
 class Attack(ABC):

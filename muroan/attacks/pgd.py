@@ -46,7 +46,8 @@ class Pgd(BatchAttack):
         steps: most steps.
         loss: `cross_entropy`, the paper's, or `margin`, best other logit minus the label's.
         random_start: begin at a random point of the ball, as the paper does, instead of the clean input.
-        stop_early: a sample is done at its first flip; False takes all steps and returns the last point.
+        stop_early: a sample is done at its first flip; False takes all steps and returns the last point, a flip or
+            not, as adversarial training wants it.
         modalities: which to change; null for all continuous ones.
 
     Raises:
@@ -103,7 +104,7 @@ class Pgd(BatchAttack):
         # The clean input has been looked at already.
         found_rows = flipped | delta.ne(0).any(1)
         rows = target.able((found_rows & ~flipped).nonzero()[:, 0], 1)
-        if len(rows):
+        if self.stop_early and len(rows):
             prediction = target.predict(values.inputs(delta[rows], rows), rows)
             found_rows[rows[~target.flipped(prediction, rows)]] = False
         return [values.perturbation(delta[i], i) if found else None for i, found in enumerate(found_rows.tolist())]

@@ -195,7 +195,10 @@ class Target:
             found = torch.autograd.grad(total, [leaves[name] for name in of], allow_unused=True)
         missing = [name for name, g in zip(of, found, strict=True) if g is None]
         if missing:
-            raise MuroanError(f"the model's answer does not depend on {missing} in a way that can be differentiated")
+            raise MuroanError(
+                f"the model's answer does not depend on {missing} in a way that can be differentiated: choose an "
+                f"attack that only asks, such as decoupling or sparse_rs"
+            )
         prediction = Prediction(prediction.embedding.detach(), prediction.logits.detach())
         self._watch(prediction, rows, 2)
         return prediction, {name: g.detach() for name, g in zip(of, found, strict=True) if g is not None}

@@ -1,0 +1,49 @@
+"""Removals that flipped another model, tried on this one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from muroan.attacks.base import Attack, AttackedSample, Search
+from muroan.errors import MuroanError
+from muroan.modalities import Region, Removal
+
+
+class Transferred(Attack):
+    """Asks of each sample one removal: the one that flipped it in a finished run, of another model or of this one
+    before it was hardened. A sample that the run did not flip holds.
+
+    Args:
+        run: the run's folder.
+
+    Raises:
+        MuroanError: no folder was named, it has no finished removal attack, or none of its records is of a sample here.
+    """
+
+    def __init__(self, run: str | None = None):
+        if run is None:
+            raise MuroanError(
+                "attack.run must name the folder of a finished removal attack, such as attack.run=outputs/attack/NAME"
+            )
+        file = Path(run) / "records.jsonl"
+        if not file.is_file():
+            raise MuroanError(f"attack.run={run}: there is no records.jsonl, as a finished run of `muroan attack` has")
+        records = [json.loads(line) for line in file.read_text().splitlines()]
+        if any(record.get("kind", "removal") != "removal" for record in records):
+            raise MuroanError(f"attack.run={run} is no removal attack: what it did to its samples is not on record")
+        self.known = {record["id"] for record in records}
+        self.removals = {
+            record["id"]: Removal.of(*(Region(m, tuple(start), tuple(stop)) for m, start, stop in record["regions"]))
+            for record in records
+            if record["status"] == "flipped"
+        }
+
+    def search(self, sample: AttackedSample) -> Search:
+        if sample.id not in self.known:
+            raise MuroanError(f"attack.run has no record of sample {sample.id!r}: choose a run on the same samples")
+        removal = self.removals.get(sample.id)
+        if removal is None:
+            return None
+        yield [removal]
+        return removal

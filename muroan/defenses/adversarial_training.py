@@ -1,0 +1,256 @@
+"""Adversarial training: the model is trained on what an attack makes of its training samples."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from muroan.attacks.base import Attack, Perturbation, ThreatModel
+from muroan.callbacks import DONORS, autocast_precision
+from muroan.data.base import shard
+from muroan.data.samples import Batch, Sample
+from muroan.defenses.base import Defense, without
+from muroan.engine import QueryEngine
+from muroan.errors import MuroanError
+from muroan.modalities import Region, Removal, stable_seed
+from muroan.models.base import MultimodalModel
+from muroan.results import differences, write_json
+from muroan.training.module import weights_hash
+
+Found = Removal | Perturbation
+
+CHUNK = 256  # samples of an offline set that are attacked, and kept, at a time
+
+
+class AdversarialTraining(Defense):
+    """Trains on a mixture of clean and adversarial samples (Goodfellow et al. 2015, arXiv 1412.6572, and, mixed within
+    the batch, Kurakin et al. 2017, arXiv 1611.01236); with PGD and ratio 1, it is Madry et al. 2018 (arXiv 1706.06083).
+
+    Online, the model as it stands is attacked at every step. Offline, the model that training starts from is attacked
+    once, and what flips it is mixed in: cheaper, and blind to what the training changes, which is the classic recipe of
+    Szegedy et al. 2014 (arXiv 1312.6199).
+
+    Args:
+        attack: any attack; null attacks nothing. What its search returns is trained on, whether it flips or not;
+            samples that the model gets wrong are not attacked and stay clean.
+        mode: `online` or `offline`.
+        ratio: share of each batch that is adversarial; the others stay clean.
+        samples: offline, how many training samples are attacked; null for all.
+        folder: offline, where the adversarial samples are kept, to go on there after an interruption.
+        batch_size: rows of the attack's model calls.
+        threat_model: the attack's.
+        seed, training: see `Defense`.
+
+    Raises:
+        MuroanError: see `Defense`; an unknown mode; the attack does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: MultimodalModel,
+        attack: Attack | None = None,
+        mode: Literal["online", "offline"] = "online",
+        ratio: float = 0.5,
+        samples: int | None = None,
+        folder: str | Path = "adversarial",
+        batch_size: int = 256,
+        threat_model: ThreatModel | None = None,
+        seed: int = 0,
+        **training: Any,
+    ):
+        super().__init__(model, ratio, threat_model, seed, **training)
+        if mode not in ("online", "offline"):
+            raise MuroanError(f"defense.mode must be online or offline, got {mode!r}")
+        if samples is not None and samples < 1:
+            raise MuroanError(f"defense.samples must be at least 1 or null, got {samples}")
+        self.attack, self.mode, self.samples = attack, mode, samples
+        self.folder, self.batch_size = Path(folder), batch_size
+        self.engine: QueryEngine | None = None
+        self.adversarial: list[Sample] = []
+        self._found: dict[str, Found] = {}
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if self.attack is not None and self.ratio > 0 and self.mode == "offline":
+            self.adversarial = self.prepare()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        if self.attack is None or len(batch) == 0:
+            return super().training_step(batch, batch_idx)
+        rng = self.rng(batch_idx)
+        rows = self.draw_rows(batch, rng)
+        if self.mode == "online":
+            harmed = self.harm([batch.samples[row] for row in rows], stable_seed(self.seed, self.global_step))
+        else:
+            harmed = [self.adversarial[i] for i in rng.integers(len(self.adversarial), size=len(rows))]
+        samples = list(batch.samples)
+        for row, sample in zip(rows, harmed, strict=True):
+            samples[row] = sample
+        return super().training_step(self.batch_of(samples, batch) if rows else batch, batch_idx)
+
+    # -- attacking ------------------------------------------------------------------------------------------
+
+    def harm(self, samples: Sequence[Sample], seed: int) -> list[Sample]:
+        """What the attack makes of samples, as the model stands now; those without an answer as they are."""
+        found = self.hunt(samples, seed)
+        return self.applied(samples, [found.get(sample.id) for sample in samples])
+
+    def hunt(self, samples: Sequence[Sample], seed: int) -> dict[str, Found]:
+        """What the attack's search returns for each sample, by its id."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            engine = self._engine()
+            engine.seed = seed
+            self._found = {}
+            for result in engine.run(samples):
+                self.cost.attack_forwards += result.forwards
+                self.cost.attack_backwards += result.backwards
+            return self._found
+        finally:
+            self.model.train(training)
+
+    def _engine(self) -> QueryEngine:
+        if self.engine is None:
+            assert self.attack is not None
+            self.engine = QueryEngine(
+                self.model,
+                self.attack,
+                self.threat_model,
+                self.batch_size,
+                autocast_precision(self.trainer),
+                keep_media=0,
+                donors=self.donors(),
+                still_valid=None if self.data is None else self.data.still_valid,
+                on_found=lambda sample, found: self._found.__setitem__(sample.id, found),
+                audit=False,
+            )
+        return self.engine
+
+    def donors(self) -> list[Sample]:
+        """Samples that an attack may take parts from: training samples, never ones that are validated or tested on."""
+        assert self.attack is not None
+        if not self.attack.needs_donors or self.data is None:
+            return []
+        prepared = self.data.prepared("train")
+        found = (prepared[i] for i in range(min(DONORS, len(prepared))))
+        return [sample for sample in found if isinstance(sample, Sample)]
+
+    def applied(self, samples: Sequence[Sample], found: Sequence[Found | None]) -> list[Sample]:
+        """The samples with what was found done to them."""
+        removals = [f if isinstance(f, Removal) else Removal() for f in found]
+        changes = without(self.model.modalities, samples, removals, self.threat_model, self.seed)
+        for change, f in zip(changes, found, strict=True):
+            if isinstance(f, Perturbation):
+                change.update({name: x.detach().cpu() for name, x in f.inputs.items()})
+                spelled = {name: words for name, words in f.words.items() if name not in f.inputs}
+                for name, words in spelled.items():
+                    change[name], _ = self.model.modalities[name].prepare(" ".join(words))
+        return [
+            replace(sample, inputs={**sample.inputs, **change}) if change else sample
+            for sample, change in zip(samples, changes, strict=True)
+        ]
+
+    # -- the offline set ------------------------------------------------------------------------------------
+
+    def prepare(self) -> list[Sample]:
+        """Attack the training set, or its part, and return what was found.
+
+        Every process attacks its shard, a file of `CHUNK` samples at a time; files that are there are not made again.
+
+        Raises:
+            MuroanError: the folder holds another set, or a file that cannot be read; nothing was found.
+        """
+        assert self.attack is not None
+        if self.data is None:
+            raise MuroanError("offline adversarial training needs a MultimodalData as the trainer's datamodule")
+        dataset = self.data.prepared("train")
+        order = np.random.default_rng(stable_seed(self.seed, "offline")).permutation(len(dataset))
+        chosen = set(order[: self.samples].tolist())
+        rank = self.global_rank
+        own = [i for i in shard(dataset.examples, rank, self.trainer.world_size) if i in chosen]
+        parts = [(self.folder / f"{rank}-{i // CHUNK:05d}.pt", own[i : i + CHUNK]) for i in range(0, len(own), CHUNK)]
+        self._claim(len(chosen), [file for file, _ in parts])
+        harmed: list[Sample] = []
+        for file, indices in tqdm(parts, desc=f"offline {self.attack.name}", unit="chunk", disable=rank > 0):
+            samples = [s for s in (dataset[i] for i in indices) if isinstance(s, Sample)]
+            if not file.exists():
+                _write(file, self.hunt(samples, stable_seed(self.seed, "offline")))
+            found = _read(file)
+            kept = [sample for sample in samples if sample.id in found]
+            harmed += self.applied(kept, [found[sample.id] for sample in kept])
+        if not harmed:
+            raise MuroanError(
+                f"offline adversarial training found nothing: {self.attack.name} changed none of {len(own)} training "
+                f"samples; choose another attack or a larger hardening.threat_model.max_queries"
+            )
+        return harmed
+
+    def _claim(self, samples: int, own: Sequence[Path]) -> None:
+        """Write, or check, what the folder's set is made of."""
+        assert self.attack is not None
+        about = {
+            "attack": self.attack.name,
+            "samples": samples,
+            "processes": self.trainer.world_size,
+            "seed": self.seed,
+            "threat_model": repr(self.threat_model),
+        }
+        weights = weights_hash(self.model)
+        file = self.folder / "set.json"
+        if file.exists():
+            known = json.loads(file.read_text())
+            # Once the set is whole, training may have gone on, and its weights are others.
+            if known.pop("weights") != weights and not all(part.exists() for part in own):
+                raise MuroanError(
+                    f"{self.folder} holds an interrupted adversarial set of another model: remove it to make it anew"
+                )
+            if known != about:
+                raise MuroanError(
+                    f"{self.folder} holds an adversarial set of another configuration "
+                    f"({differences(known, about)}): choose another defense.folder, or remove it"
+                )
+        self.trainer.strategy.barrier("the offline set is checked")
+        if self.trainer.is_global_zero and not file.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(file, {**about, "weights": weights})
+        self.trainer.strategy.barrier("the offline set is claimed")
+
+
+# What was found as plain values and tensors, so that reading a file can run no code.
+
+
+def _write(file: Path, found: Mapping[str, Found]) -> None:
+    plain: dict[str, Any] = {}
+    for key, f in found.items():
+        if isinstance(f, Removal):
+            plain[key] = [(region.modality, region.start, region.stop) for region in f.regions]
+        else:
+            inputs = {name: x.detach().cpu() for name, x in f.inputs.items()}
+            plain[key] = {"inputs": inputs, "words": {name: list(words) for name, words in f.words.items()}}
+    temporary = file.with_suffix(".part")
+    torch.save(plain, temporary)
+    os.replace(temporary, file)
+
+
+def _read(file: Path) -> dict[str, Found]:
+    try:
+        plain = torch.load(file, weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise MuroanError(
+            f"{file} is not a part of an adversarial set ({type(error).__name__}): remove it, and it is made anew"
+        ) from None
+    return {
+        key: Perturbation(**f) if isinstance(f, dict) else Removal.of(*(Region(*region) for region in f))
+        for key, f in plain.items()
+    }

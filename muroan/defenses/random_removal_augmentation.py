@@ -1,0 +1,53 @@
+"""A control: training on inputs from which random parts were removed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from muroan.attacks.base import ThreatModel, descend
+from muroan.data.samples import Batch, Sample
+from muroan.defenses.base import Defense, without
+from muroan.errors import MuroanError
+from muroan.modalities import Removal
+from muroan.models.base import MultimodalModel
+
+
+class RandomRemovalAugmentation(Defense):
+    """Removes random parts of some samples: as cutout (DeVries and Taylor 2017, arXiv 1708.04552) and random erasing
+    (Zhong et al. 2017, arXiv 1708.04896) do of images, here of any modality and from the regions that attacks remove.
+
+    Args:
+        max_parts: each sample loses 1 to `max_parts` regions; the modality, the depth in its tree and the place of
+            each are drawn uniformly.
+        ratio, threat_model, seed, training: see `Defense`.
+    """
+
+    def __init__(
+        self,
+        model: MultimodalModel,
+        ratio: float = 0.5,
+        max_parts: int = 3,
+        threat_model: ThreatModel | None = None,
+        seed: int = 0,
+        **training: Any,
+    ):
+        super().__init__(model, ratio, threat_model, seed, **training)
+        if max_parts < 1:
+            raise MuroanError(f"defense.max_parts must be at least 1, got {max_parts}")
+        self.max_parts = max_parts
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor | None:
+        rng = self.rng(batch_idx)
+        rows = self.draw_rows(batch, rng)
+        samples = [batch.samples[row] for row in rows]
+        removals = [self.draw(sample, rng) for sample in samples]
+        changes = without(self.model.modalities, samples, removals, self.threat_model, self.seed)
+        return super().training_step(self.changed(batch, dict(zip(rows, changes, strict=True))), batch_idx)
+
+    def draw(self, sample: Sample, rng: Any) -> Removal:
+        modalities, names = self.model.modalities, list(self.model.modalities)
+        picks = (names[rng.integers(len(names))] for _ in range(rng.integers(1, self.max_parts + 1)))
+        roots = [modalities[name].root(name, sample.layouts[name]) for name in picks]
+        return Removal.of(*(descend(root, modalities, self.threat_model, rng) for root in roots))
