@@ -533,7 +533,8 @@ def transfer(config: DictConfig) -> None:
     """
     import pytorch_lightning as pl
 
-    from muroan.transfer import write
+    from muroan.report.transfer import write
+    from muroan.transfer import measure
 
     devices = plain(config.device.devices)
     trainer = pl.Trainer(
@@ -542,13 +543,13 @@ def transfer(config: DictConfig) -> None:
         logger=False,
         enable_checkpointing=False,
     )
-    page = write(
+    matrices, notes = measure(
         [Path(run) for run in config.runs],
-        Path(config.out),
         lambda about: build(DictConfig(about["config"])),
         config.engine.batch_size,
         trainer.strategy.root_device,
     )
+    page = write(matrices, notes, Path(config.out))
     log.info("%s", page.read_text(encoding="utf-8"))
     log.info("transfer: %s", page)
 

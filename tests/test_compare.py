@@ -20,10 +20,12 @@ from scipy.stats import wilcoxon
 from muroan.errors import MuroanError
 from muroan.metrics import bootstrap, summarise
 from muroan.report import build
-from muroan.report.compare import Comparison, compare, holm, latex, markdown, mcnemar, pooled, sign_flip, tex, write
+from muroan.report.compare import Comparison, compare, holm, latex, markdown, mcnemar, pooled, sign_flip, write
 from muroan.report.plots import success_at, success_band
-from muroan.report.runs import find_runs, flip_queries, flip_sizes
+from muroan.report.runs import flip_queries, flip_sizes
+from muroan.report.tables import tex
 from muroan.results import AttackResult, Count, RunFolder
+from muroan.runs import find_runs
 
 # Removed elements of 100, a sample; 0 for one that held, None for one that was wrong before the attack.
 GUIDED = [1, 2, 5, 20, 0, 0, 1, 1, None]

@@ -15,9 +15,10 @@ from muroan.metrics import summarise
 from muroan.modalities import Audio, Image, Region, Removal, Text, WordTokenizer, removed_elements
 from muroan.report import build
 from muroan.report.examples import choose, draw
-from muroan.report.runs import compare, find_runs
+from muroan.report.runs import compare
 from muroan.report.tables import figure
 from muroan.results import AttackResult, Count, RunFolder, read_records
+from muroan.runs import find_runs
 
 CLASSES = easy_vqa.get_answers()
 VOID = {"meta", "img", "source", "br", "link", "input", "hr"}

@@ -27,9 +27,10 @@ from muroan.errors import MuroanError
 from muroan.metrics import bootstrap
 from muroan.modalities import Audio, Image, Layout, Modality, Region, Removal, Text, WordTokenizer
 from muroan.models.base import MultimodalModel
+from muroan.report.transfer import write as write_matrices
 from muroan.results import AttackResult, Count, RunFolder
 from muroan.training.module import load_weights, weights_hash
-from muroan.transfer import Cell, Source, ask, fitted, write
+from muroan.transfer import Build, Cell, Source, ask, fitted, measure
 
 WORDS = ["a", "b", "c", "d"]
 
@@ -115,6 +116,10 @@ def asked(name: str, model: MultimodalModel, **options: Any) -> list[Cell]:
 
 def figures(cell: Cell) -> list[float | None]:
     return [cell.flipped, cell.left_out, cell.n, cell.rate["value"], cell.same_class]
+
+
+def write(folders: list[Path], out: Path, build: Build) -> Path:
+    return write_matrices(*measure(folders, build), out)
 
 
 class TestByHand:

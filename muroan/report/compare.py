@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,21 +15,25 @@ from scipy.stats import binomtest
 from muroan.metrics import columns, reduce_column
 from muroan.modalities import stable_seed
 from muroan.report import plots
-from muroan.report.runs import Run, area_differences, differences, find_runs, shared, success_differences
+from muroan.report.runs import area_differences, shared, success_differences
 from muroan.report.tables import (
     DEFINITIONS,
-    KINDS,
     MAIN,
     SEARCH,
     by_modality,
     escaped,
     figure,
     interval,
+    latex_table,
+    markdown_table,
     present,
+    tex,
     whole,
+    write_csv,
 )
 from muroan.report.tables import Column as Metric
 from muroan.results import Kind
+from muroan.runs import KINDS, Run, differences, find_runs
 
 Estimate = Mapping[str, float | None]
 
@@ -190,11 +193,11 @@ def write(folders: Sequence[Path], out: Path, pool_seeds: bool = True) -> Path:
     comparison = compare(find_runs(folders), pool_seeds)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    _write_csv(out / "compare.csv", _figures(Row((run,), row.name) for row in comparison.rows for run in row.runs))
+    write_csv(out / "compare.csv", _figures(Row((run,), row.name) for row in comparison.rows for run in row.runs))
     (out / "pooled.csv").unlink(missing_ok=True)  # of an earlier comparison
     if any(len(row.runs) > 1 for row in comparison.rows):
-        _write_csv(out / "pooled.csv", _figures(comparison.rows))
-    _write_csv(out / "pairs.csv", [_PAIR_FIELDS, *map(_pair_fields, comparison.pairs)])
+        write_csv(out / "pooled.csv", _figures(comparison.rows))
+    write_csv(out / "pairs.csv", [_PAIR_FIELDS, *map(_pair_fields, comparison.pairs)])
     drawn = [(target.name, [(row.label, row.runs) for row in target.rows]) for target in comparison.targets]
     (out / "compare.png").write_bytes(plots.budgets(drawn))
     (out / "compare.tex").write_text(latex(comparison), encoding="utf-8")
@@ -604,44 +607,7 @@ def _markdown_table(grid: Grid) -> str:
     for line in grid.lines:
         first, *others = map(escaped, line.cells)
         rows.append([marks[line.level].format(first), *others, *[""] * (len(grid.heads) - len(line.cells))])
-    widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(grid.heads))]
-
-    def text(cells: Sequence[str]) -> str:
-        padded = [
-            cell.ljust(width) if place < grid.texts else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return f"| {' | '.join(padded)} |\n"
-
-    rule = [":" + "-" * (w - 1) if place < grid.texts else "-" * (w - 1) + ":" for place, w in enumerate(widths)]
-    return "".join(map(text, [rows[0], rule, *rows[1:]]))
-
-
-_TEX = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    "·": r"$\cdot$",
-    "–": "--",
-    "\u202f": r"\,",
-    "\n": " ",
-    # At the start of a line these would be arguments of the line's end before it.
-    "[": "{[}",
-    "*": "{*}",
-    **{c: f"\\{c}" for c in "&%$#_{}"},
-}
-
-
-def tex(text: str) -> str:
-    r"""A text with nothing in it that LaTeX would read as a command.
-
-    >>> print(tex("a_b 50%"))
-    a\_b 50\%
-    """
-    return "".join(_TEX.get(c, c) for c in text)
+    return markdown_table(rows, grid.texts)
 
 
 def latex(comparison: Comparison) -> str:
@@ -673,27 +639,9 @@ def _latex_table(grid: Grid, notes: Sequence[str]) -> str:
             if line.level == 0 and lines:
                 lines.append(r"\midrule")
             lines.append(rf"\multicolumn{{{width}}}{{l}}{{{style}{{{first}}}}} \\")
-    below = [rf"\par\smallskip\parbox{{\textwidth}}{{\footnotesize {tex(text)}}}" for text in notes]
-    return "\n".join(
-        [
-            r"\begin{table}[htbp]",
-            r"\centering\scriptsize\setlength{\tabcolsep}{2.5pt}\setlength{\belowcaptionskip}{6pt}",
-            rf"\caption{{{tex(grid.caption)}}}",
-            r"\makebox[\textwidth][c]{%",
-            rf"\begin{{tabular}}{{{'l' * grid.texts}{'r' * (width - grid.texts)}}}",
-            r"\toprule",
-            " & ".join(upper) + r" \\",
-            *(["".join(rules)] if rules else []),
-            " & ".join(map(tex, lowers)) + r" \\",
-            r"\midrule",
-            *lines,
-            r"\bottomrule",
-            r"\end{tabular}}",
-            *below,
-            r"\end{table}",
-            "",
-        ]
-    )
+    head = [" & ".join(upper) + r" \\", *(["".join(rules)] if rules else []), " & ".join(map(tex, lowers)) + r" \\"]
+    columns = "l" * grid.texts + "r" * (width - grid.texts)
+    return latex_table(grid.caption, columns, head, lines, notes, r"\scriptsize\setlength{\tabcolsep}{2.5pt}")
 
 
 def _stacked(head: str) -> tuple[str, str]:
@@ -757,9 +705,3 @@ def _pair_fields(pair: Pair) -> list[object]:
         *(pair.area[part] for part in ("value", "low", "high")),
         *(pair.area_p, pair.area_holm),
     ]
-
-
-def _write_csv(path: Path, lines: Sequence[Sequence[object]]) -> None:
-    """Numbers in full; an empty cell where there is nothing to measure."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows(lines)

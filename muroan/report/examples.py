@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-from muroan.report.runs import Run
 from muroan.results import AttackResult
+from muroan.runs import Run
 
 SMALL = 0.07  # of the picture's longer side: a smaller region gets a ring around it, or nobody would find it
 

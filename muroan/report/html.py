@@ -12,9 +12,10 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from muroan.report import examples, plots, tables
-from muroan.report.runs import Comparison, Run, by_target, compare, find_runs
+from muroan.report.runs import Comparison, by_target, compare
 from muroan.report.tables import figure, interval, whole
 from muroan.results import Count, write_json
+from muroan.runs import Run, find_runs
 
 
 def build(folders: Sequence[Path], out: Path) -> Path:

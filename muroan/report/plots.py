@@ -16,7 +16,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 
 from muroan.metrics import success_curve
 from muroan.modalities import stable_seed
-from muroan.report.runs import Run, flip_queries, flip_sizes
+from muroan.report.runs import flip_queries, flip_sizes
+from muroan.runs import Run
 
 # After Okabe and Ito, who chose colours that people with any colour vision tell apart; the second row is for
 # dark paper. The yellow is left out: it cannot be read on white.

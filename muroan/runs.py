@@ -1,0 +1,173 @@
+"""Finished (or unfinished) attack runs as their folders tell them, and what sets them apart."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from muroan.errors import MuroanError
+from muroan.metrics import summarise
+from muroan.results import AttackResult, Kind, RunFolder
+
+KINDS: dict[Kind, str] = {
+    "removal": "",
+    "perturbation": "value-choosing",
+    "corruption": "corruption",
+}  # as tables say it
+
+
+@dataclass(frozen=True)
+class Run:
+    """One attack on one model, as its folder tells it.
+
+    Attributes:
+        folder: its path below the folder that all runs of the report share.
+        about: what `run.json` says.
+        records: one a sample, in the samples' order.
+        finished: whether all samples were attacked.
+        where: what the attack was run on, with as much as it takes to tell it apart from the report's other runs.
+    """
+
+    folder: str
+    about: dict[str, Any]
+    records: list[AttackResult]
+    finished: bool
+    where: str = ""
+
+    @property
+    def label(self) -> str:
+        """What the run is called in the report, unique in it."""
+        return f"{self.attack} · {self.where}"
+
+    @property
+    def attack(self) -> str:
+        return str(self.about["attack"])
+
+    @property
+    def model(self) -> str:
+        return str(self.about["model"])
+
+    @property
+    def dataset(self) -> str:
+        return str(self.about["dataset"])
+
+    @cached_property
+    def kind(self) -> Kind:
+        """What the attack may do; samples that it skipped do not tell."""
+        return next((r.kind for r in self.records if r.kind != "removal"), "removal")
+
+    @property
+    def is_control(self) -> bool:
+        """Whether the attack removes at random: what a guided attack has to beat."""
+        return self.kind == "removal" and "random" in self.attack.lower()
+
+    @property
+    def target(self) -> tuple[str, str, str]:
+        """What was attacked: dataset, model and weights. Runs with the same target can be compared."""
+        return self.dataset, self.model, str((self.about.get("checkpoint") or {}).get("sha256"))
+
+    @property
+    def modalities(self) -> list[str]:
+        return sorted({name for r in self.records for name in r.total})
+
+    @property
+    def unreadable(self) -> list[Any]:
+        return list(self.about.get("unreadable") or [])
+
+    @cached_property
+    def statuses(self) -> Counter[str]:
+        return Counter(r.status for r in self.records)
+
+    @cached_property
+    def summary(self) -> dict[str, dict[str, float | None]]:
+        """Every metric with its interval."""
+        return summarise(self.records)
+
+    def value(self, metric: str) -> float | None:
+        return self.summary.get(metric, {}).get("value")
+
+    def class_name(self, label: int) -> str:
+        classes = self.about["classes"]
+        return str(classes[label]) if 0 <= label < len(classes) else f"class {label}"
+
+
+def find_runs(folders: Iterable[Path]) -> list[Run]:
+    """Every run in the folders or below them, sorted by dataset, model and attack, random controls last.
+
+    Raises:
+        MuroanError: a folder is missing or has no run below it, or a `run.json` is not an attack's.
+    """
+    found: set[Path] = set()
+    for folder in map(Path, folders):
+        below = [file.parent.resolve() for file in folder.rglob("run.json")] if folder.is_dir() else []
+        if not below:
+            missing = "has no run.json in it or below it" if folder.is_dir() else "is not a folder"
+            raise MuroanError(f"{folder} {missing}: name a folder that `muroan attack` wrote, or one that holds such")
+        found.update(below)
+    if not found:
+        raise MuroanError("a report needs at least one run folder, got none")
+    common = Path(os.path.commonpath(found))
+    runs = [_read(path, str(path.relative_to(common)) if path != common else path.name) for path in sorted(found)]
+    # A run that was stopped before its first record has nothing to say.
+    runs = [run for run in runs if run.records or run.finished] or runs
+    runs.sort(key=lambda run: (run.target, run.is_control, run.attack, run.folder))
+    return _label(runs)
+
+
+def _read(path: Path, name: str) -> Run:
+    folder = RunFolder(path)
+    about = folder.run
+    absent = {"attack", "model", "dataset", "classes"} - set(about)
+    if absent:
+        raise MuroanError(f"{path / 'run.json'} lacks {', '.join(sorted(absent))}: it is not of an attack run")
+    return Run(name, about, folder.records(), folder.finished)
+
+
+def _label(runs: Sequence[Run]) -> list[Run]:
+    """Name what each run attacked by the model, and by dataset, settings and folder where that is not enough."""
+    several = len({run.dataset for run in runs}) > 1
+    for name in ("{0.model}", "{0.model} · {0.dataset}")[: 1 + several]:
+        runs = [replace(run, where=name.format(run)) for run in runs]
+        often = Counter(run.label for run in runs)
+        if max(often.values()) == 1:
+            return list(runs)
+    named = [
+        replace(run, where=f"{run.where} ({_settings(run, [r for r in runs if r.label == run.label])})")
+        if often[run.label] > 1
+        else run
+        for run in runs
+    ]
+    often = Counter(run.label for run in named)
+    return [
+        replace(run, where=f"{old.where} ({run.folder})") if often[run.label] > 1 else run
+        for run, old in zip(named, runs, strict=True)
+    ]
+
+
+def _settings(run: Run, others: Sequence[Run]) -> str:
+    """The settings in which a run differs from others; its folder when there are none, or too many to read."""
+    differing = differences(run, others, ("weights",))
+    return ", ".join(differing) if 0 < len(differing) <= 4 else run.folder
+
+
+def differences(run: Run, others: Sequence[Run], ignore: Sequence[str]) -> list[str]:
+    """The settings of a run, `name=value`, that one of the others does not have; `ignore` names whole groups."""
+    own = _flat(run.about.get("identity"))
+    theirs = [_flat(other.about.get("identity")) for other in others]
+    return [
+        f"{key}={value}"
+        for key, value in own.items()
+        if key.split(".")[0] not in ignore and any(other.get(key) != value for other in theirs)
+    ]
+
+
+def _flat(settings: Any, at: str = "") -> dict[str, Any]:
+    if not isinstance(settings, dict):
+        return {at: settings}
+    parts = (_flat(value, f"{at}.{key}" if at else key) for key, value in settings.items())
+    return {key: value for part in parts for key, value in part.items()}
