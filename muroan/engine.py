@@ -66,6 +66,7 @@ class _Live:
         trajectory: see `AttackResult.trajectory`.
         answers: every answer so far. `asked` are the keys that the search has been given answers to: the engine may
             know more than that, having run ahead, and the ledger must not depend on it.
+        refused: whether the budget kept a function of the attack's from a pass; see `Target.refused`.
         wanted: questions that wait for a batch; in_flight: how many are in one.
         window, upcoming: removals of an `until` ask, drawn and not yet drawn; with each drawn one goes the state that
             the search's random generator was left in, as running ahead must not change what is drawn later.
@@ -78,6 +79,7 @@ class _Live:
     conversation: Conversation | None = None
     answers: dict[Key, Response] = field(default_factory=dict)
     asked: set[Key] = field(default_factory=set)
+    refused: bool = False
     verified: Response | None = None
     told: Any = None
     view: AttackedSample | None = None
@@ -374,7 +376,7 @@ class QueryEngine:
             sample.id, sample.label, clean, self.model.modalities, sample.layouts, self.threat_model, live.rng, valid
         )
         found, exhausted = yield from self._search(live, self.attack.search(live.view))
-        failed: Status = "budget_exhausted" if exhausted else "held"
+        failed: Status = "budget_exhausted" if exhausted or live.refused else "held"
         if found is None:
             return self._result(live, clean, clean, failed)
         wanted = Removal if self.attack.kind == "removal" else Perturbation
@@ -418,7 +420,7 @@ class QueryEngine:
         live.ledger.setdefault(VERIFY, Count()).forwards += 1
         verified, inputs, layouts = live.told
         if not self.attack.reached(live.sample.label, verified):
-            return self._result(live, clean, clean, "budget_exhausted" if live.budget < 2 else failed)
+            return self._result(live, clean, clean, failed)
         result = self._result(live, clean, verified, "flipped")
         for name, x in inputs.items():
             before, layout = live.sample.inputs[name], live.sample.layouts[name]
@@ -574,8 +576,6 @@ class QueryEngine:
             work = self._works[asked.function] = partial(self._together, asked)
         yield [_Question(live, work=work)]
         told, live.told = live.told, None
-        if isinstance(told, BudgetExhausted):
-            raise told
         return told
 
     def _together(self, asked: Together, lives: list[_Live]) -> list[Any]:
@@ -596,8 +596,13 @@ class QueryEngine:
                     raise MuroanError(
                         f"{self.attack.name} was given {len(lives)} samples and returned {len(told)} answers"
                     )
-            except BudgetExhausted as refusal:
-                told = [refusal] * len(lives)
+            except BudgetExhausted:
+                # Not a sample's own affair: which others share its batch must not show in their records.
+                raise MuroanError(
+                    f"{self.attack.name} asked for a pass with a sample in it that has too few queries left of "
+                    f"max_queries={self.threat_model.max_queries}: pass only rows=target.able(rows, cost), so that the "
+                    f"others go on, and return None where nothing was found"
+                ) from None
             except torch.OutOfMemoryError:
                 self._halve(len(lives))
                 for live, state in zip(lives, states, strict=True):
@@ -614,8 +619,7 @@ class QueryEngine:
                 live.trajectory.append((live.queries + flip, float("nan")))
             live.budget -= queries
             live.queries += queries
-            if live.budget < 2 and told[row] is None:
-                told[row] = BudgetExhausted()
+            live.refused |= bool(target.refused[row])
         return told
 
     def _target(self, lives: list[_Live]) -> Target:

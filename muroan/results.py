@@ -37,7 +37,8 @@ class AttackResult:
     Attributes:
         index: the sample's place in its dataset.
         label, clean_label, adversarial_label: the true class, and the model's before and after.
-        status: `flipped`; `held` (the attack gave up); `budget_exhausted`; `skipped` (wrong before the attack).
+        status: `flipped`; `held` (the attack gave up by itself, perhaps with its last query); `budget_exhausted` (it
+            was refused a question or pass that it would have made); `skipped` (wrong before the attack).
         regions: the winning removal, empty unless flipped: (modality, start, stop) a part.
         removed, total: elements a modality, each removed one counted once.
         ledger: what was spent, by phase. The attack's own phases come first; `clean`, `verify` and `audit` are

@@ -402,6 +402,23 @@ def test_values_stay_within_a_budget(make, budget, letters):
             assert record.queries == 0
 
 
+@pytest.mark.parametrize("make", VALUES.values(), ids=VALUES)
+def test_values_that_stop_by_themselves_are_not_exhausted(make, letters):
+    """On a model that never flips: held with as many queries as the attack wants, exhausted with one fewer."""
+    model = Scene(2, scale=0)
+    samples, donors = scenes(model, 2), scenes(model, 9)[6:]
+
+    def run(budget: int | None) -> list[AttackResult]:
+        return muroan.evaluate(
+            model, samples, make(letters), donors=donors, threat_model=ThreatModel(max_queries=budget)
+        )
+
+    for i, free in enumerate(run(None)):
+        assert free.status == "held"
+        if free.kind != "corruption":
+            assert [run(free.queries - less)[i].status for less in (0, 1)] == ["held", "budget_exhausted"]
+
+
 @pytest.mark.parametrize("make", list(VALUES.values())[:8], ids=list(VALUES)[:8])
 def test_what_is_returned_flips(make, letters):
     """Each attack finds some flips on this toy; all that it returns are, and the trajectory ends with them."""

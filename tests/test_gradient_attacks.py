@@ -584,9 +584,61 @@ def test_a_budget_is_never_exceeded(make, budget):
         assert all(r.queries <= budget for r in records)
         assert {r.status for r in records} <= {"flipped", "held", "budget_exhausted"}
         if isinstance(model, Stubborn):
-            assert not any(r.flipped for r in records)
-            spent = [r for r in records if r.queries == budget]
-            assert all(r.status == "budget_exhausted" for r in spent)
+            free = attacked(model, make(), samples, donors=samples_of(model, 8, seed=1))
+            assert {r.status for r in free} == {"held"}
+            enough = [r.queries <= budget for r in free]
+            assert [r.status for r in records] == ["held" if fits else "budget_exhausted" for fits in enough]
+
+
+@BOTH
+def test_a_budget_that_is_just_enough_is_not_exhausted(make):
+    model = Stubborn(IMAGE | TEXT | AUDIO)
+    (sample,), donors = samples_of(model, 1), samples_of(model, 8, seed=1)
+    (free,) = attacked(model, make(), [sample], donors=donors)
+    for budget, status in ((free.queries, "held"), (free.queries - 1, "budget_exhausted")):
+        (record,) = attacked(model, make(), [sample], donors=donors, max_queries=budget)
+        assert (record.status, record.queries <= budget) == (status, True)
+    assert record.to_json() != free.to_json()
+
+
+class Uneven(BatchAttack):
+    """Sample n asks n % 5 + 1 times, then claims that the opposite of its image flips it."""
+
+    def __init__(self, careful: bool):
+        self.careful = careful
+
+    def perturb(self, target):
+        found: list[Perturbation | None] = [None] * len(target)
+        for asked in range(5):
+            wanted = [row for row, s in enumerate(target.samples) if int(s.id[1:]) % 5 >= asked]
+            rows = torch.tensor(wanted, dtype=torch.long)
+            if self.careful:
+                rows = target.able(rows, 1)
+            if len(rows):
+                target.predict({}, rows)
+            for row in rows.tolist():
+                last = int(target.samples[row].id[1:]) % 5 == asked
+                found[row] = Perturbation({"image": -target.inputs["image"][row]}) if last else None
+        return found
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+class TestRowsRunOutOneByOne:
+    def test_the_others_go_on(self, batch_size):
+        for model, found in ((Stubborn(IMAGE), "held"), (Toy(IMAGE, linear=True), "flipped")):
+            samples = samples_of(model, 20)
+            records = attacked(model, Uneven(careful=True), samples, batch_size=batch_size, max_queries=3)
+            assert [r.queries for r in records] == [1, 2, 3, 3, 3] * 4
+            assert [r.status for r in records] == [*[found] * 3, *["budget_exhausted"] * 2] * 4
+
+    def test_an_attack_that_does_not_care_is_told(self, batch_size):
+        model = Stubborn(IMAGE)
+        careless = Uneven(careful=False)
+        assert len(attacked(model, careless, samples_of(model, 3), batch_size=batch_size, max_queries=3)) == 3
+        with pytest.raises(
+            MuroanError, match=r"uneven asked for a pass .* max_queries=3: .*target\.able\(rows, cost\)"
+        ):
+            attacked(model, careless, samples_of(model, 20), batch_size=batch_size, max_queries=3)
 
 
 @pytest.mark.parametrize("make", [lambda: PgdLinf(0.5, 0.1, 50, random_start=False), lambda: FusionEmbedding(50)])

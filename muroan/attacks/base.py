@@ -261,8 +261,10 @@ class BatchAttack(Attack):
 
     class SignStep(BatchAttack):
         def perturb(self, target):
-            _, gradients = target.gradient(target.margin, of=["image"])
-            x = target.inputs["image"] - 0.1 * gradients["image"].sign()
+            x = target.inputs["image"].clone()
+            rows = target.able(torch.arange(len(target)), 2)  # samples whose budget allows a forward and a backward
+            _, gradients = target.gradient(target.margin, rows=rows, of=["image"])
+            x[rows] -= 0.1 * gradients["image"].sign()
             return target.perturbations({"image": x})
     """
 

@@ -116,8 +116,7 @@ class CoAttack(BatchAttack):
 
         # Which word matters.
         how = "delete" if text.tokenizer.mask_id is None else "mask"
-        left = target.left()
-        places = [(row, i) for row, own in enumerate(words) for i in range(len(own)) if i < left[row]]
+        places = [(row, i) for row, own in enumerate(words) for i in range(target.granted(row, len(own)))]
         gapped = [
             text.occlude(
                 ids[row : row + 1], torch.tensor([[target.samples[row].layouts[name].spans[i]]]).to(ids), how, None
@@ -131,13 +130,11 @@ class CoAttack(BatchAttack):
                 chosen[row] = shift, i
 
         # What takes its place.
-        left = target.left()
         offers: list[tuple[int, tuple[str, ...]]] = []
         for row, (_, i) in chosen.items():
             near = self.nearest(target, name, row, i)
-            offers += [
-                (row, (*words[row][:i], word, *words[row][i + 1 :])) for word in near[: int(min(left[row], 1e9))]
-            ]
+            near = near[: target.granted(row, len(near))]
+            offers += [(row, (*words[row][:i], word, *words[row][i + 1 :])) for word in near]
         tried = [text.prepare(" ".join(offer))[0].to(ids) for _, offer in offers]
         best: dict[int, tuple[bool, float]] = {}
         answers = self._moved(target, name, [row for row, _ in offers], tried, admissible=True)

@@ -48,11 +48,11 @@ class OnePixel(BatchAttack):
             MuroanError: the model has no image, or several.
         """
         canvas = Canvas(target, [self._name(target)])
-        limits = np.minimum(self.queries, target.left()).astype(int)
+        limits = [target.granted(row, self.queries) for row in range(len(target))]
         rngs = [sample.rng for sample in target.samples]
         found: list[Paint | None] = [None] * len(target)
         alive = [row for row in range(len(target)) if limits[row] >= 1]
-        people = {row: self._first(canvas, row, int(limits[row])) for row in alive}
+        people = {row: self._first(canvas, row, limits[row]) for row in alive}
         fitness = {row: np.full(len(people[row]), np.inf) for row in alive}
         asked = dict.fromkeys(alive, 0)
         while alive:

@@ -62,8 +62,9 @@ class PgdL0(BatchAttack):
         length = self.step * values.real.sum(1, keepdim=True)
 
         while len(rows := target.able(rows, 1)):
-            poor = torch.as_tensor(target.left() < 2, device=target.device)  # for whom a look is all that is left
-            last = (taken[rows] == self.steps) | poor[rows]
+            last = taken[rows] == self.steps
+            # For some a look is all that is left.
+            last[~last] = ~torch.isin(rows[~last], target.able(rows[~last], 2))
             ended = [rows[:0]]  # rows whose try is over
             if last.any():
                 some = rows[last]

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,7 +55,8 @@ class SigmaZero(BatchAttack):
     def perturb(self, target: Target) -> Sequence[Perturbation | None]:
         values = Values(target, self.modalities)
         # Steps of each sample; the last is a look alone.
-        steps = torch.as_tensor((np.minimum(target.left(), 2 * self.steps) + 1) // 2, device=target.device).long()
+        passes = [target.granted(row, 2 * self.steps - 1) for row in range(len(target))]
+        steps = torch.tensor([(granted + 1) // 2 for granted in passes], device=target.device)
         delta, best = values.zeros(), values.zeros()
         fewest = torch.full((len(target),), torch.iinfo(torch.long).max, device=target.device)
         threshold = torch.full((len(target), 1), self.threshold, device=target.device).to(delta)

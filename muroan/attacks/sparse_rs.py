@@ -65,7 +65,7 @@ class SparseRS(BatchAttack):
         if self.mode == "patch" and len(names) > 1:
             raise MuroanError(f"a patch lies in one modality, the model has {names}: name one in attack.modalities")
         canvas = Canvas(target, names)
-        limits = np.minimum(self.queries, target.left()).astype(int)
+        limits = [target.granted(row, self.queries) for row in range(len(target))]
         current = [self._start(canvas, row) for row in range(len(target))]
         lowest = [math.inf] * len(target)
         found: list[Paint | None] = [None] * len(target)

@@ -37,13 +37,12 @@ class SwappedModality(BatchAttack):
         picks = torch.tensor([int(s.rng.integers(count)) for s in target.samples], device=target.device)
         found: list[Perturbation | None] = [None] * len(target)
         for chosen in subsets:
-            left = target.left()
-            rows = [row for row in range(len(target)) if found[row] is None and left[row] >= 1]
-            if not rows:
+            held = [row for row, flip in enumerate(found) if flip is None]
+            rows = target.able(torch.tensor(held, dtype=torch.long, device=target.device), 1)
+            if not len(rows):
                 break
-            at = torch.tensor(rows, device=target.device)
-            prediction = target.predict({name: target.donors[name][picks[at]] for name in chosen}, at)
-            for row, flipped in zip(rows, target.flipped(prediction, at).tolist(), strict=True):
+            prediction = target.predict({name: target.donors[name][picks[rows]] for name in chosen}, rows)
+            for row, flipped in zip(rows.tolist(), target.flipped(prediction, rows).tolist(), strict=True):
                 if flipped:
                     found[row] = self._taken(target, chosen, int(picks[row]))
                     target.samples[row].info["swapped"] = list(chosen)

@@ -52,8 +52,10 @@ Loss = Callable[[Prediction, Tensor], Tensor]
 class Target:
     """A batch of B samples under attack and the model that they attack.
 
-    A forward pass is a query a row, and so is a backward pass. A pass that the budget of any of its rows does not
-    allow raises `BudgetExhausted` before it is made: see `left`.
+    A forward pass is a query a row, and so is a backward pass. Rows run out of their budgets one by one, and the others
+    must be able to go on: an attack asks `able` or `granted` what a row may still do, and does no more. Whoever was
+    refused something there, and was not flipped, is recorded as `budget_exhausted`. A pass that the budget of one of
+    its rows does not allow is not made at all: it raises `BudgetExhausted`, which the engine turns into an error.
 
     Attributes:
         samples: (B) what is known of each; draw from `samples[i].rng`, so that results do not depend on the batch.
@@ -64,6 +66,7 @@ class Target:
         donor_words: (M) a text, the words of each.
         queries, forwards, backwards: (B,) passes so far.
         first_flip: (B,) queries at the first pass whose prediction was not the label; 0 where there was none.
+        refused: (B,) bool, rows that `able` or `granted` refused something.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class Target:
         self._budgets, self._features = np.array(budgets, dtype=float), dict(features)
         self.queries = np.zeros(len(samples), dtype=int)
         self.forwards, self.backwards, self.first_flip = (np.zeros_like(self.queries) for _ in range(3))
+        self.refused = np.zeros(len(samples), dtype=bool)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -119,12 +123,19 @@ class Target:
         return chosen
 
     def left(self) -> np.ndarray:
-        """(B,) queries that each row may still make; infinite without a budget."""
+        """(B,) queries that each row may still make; infinite without one. Knowing them is no refusal."""
         return self._budgets - self.queries
+
+    def granted(self, row: int, queries: int) -> int:
+        """How many of so many queries more a row may make, for an attack that then makes do with fewer."""
+        self.refused[row] |= self.left()[row] < queries
+        return int(min(self.left()[row], queries))
 
     def able(self, rows: Tensor, cost: int) -> Tensor:
         """Those of the rows (n,) that can afford so many queries more, each for itself."""
-        return rows[torch.as_tensor(self.left() >= cost, device=self.device)[rows]]
+        enough = torch.as_tensor(self.left() >= cost, device=self.device)[rows]
+        self.refused[rows[~enough].cpu().numpy()] = True
+        return rows[enough]
 
     # -- passes ---------------------------------------------------------------------------------------------
 

@@ -84,7 +84,8 @@ class WordSubstitution(BatchAttack):
                 limit = len(order) if self.max_words is None else self.max_words
                 if not text.flipped and step < len(order) and len(text.replaced) < limit:
                     place = order[step]
-                    tries = self._tries(target, source, text, place)[: int(min(target.left()[text.row], 1e9))]
+                    tries = self._tries(target, source, text, place)
+                    tries = tries[: target.granted(text.row, len(tries))]
                     asked += [(text, place, tries)] if tries else []
             if not asked:
                 continue
@@ -121,7 +122,7 @@ class WordSubstitution(BatchAttack):
             places = [(name, i) for name, words in text.words.items() for i in range(len(words))]
             tries = [(place, text.without(target, place)) for place in places]
             known = [(place, attempt) for place, attempt in tries if attempt is not None]
-            known = known[: int(min(target.left()[text.row], len(known)))]
+            known = known[: target.granted(text.row, len(known))]
             flat += [(text.row, attempt) for _, attempt in known]
             heard.append([place for place, _ in known])
             orders.append(places)
