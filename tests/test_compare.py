@@ -172,6 +172,66 @@ class TestSeeds:
         assert pair.success["value"] == pytest.approx((25 + 100) / 2)
         assert pair.area["value"] == pytest.approx(((90 + 90 - 50) / 4 + 70) / 2)
 
+    def uneven(self, path: Path) -> Path:
+        """A guided attack on the models of three seeds, another on that of seed 1 alone, random removal on 1 and 2."""
+        for seed, outcomes in enumerate(([1, 1], [1, 0], [0, 0])):
+            write_run(path / f"a{seed}", "guided", outcomes, seed=seed, weights=f"w{seed}")
+        write_run(path / "b1", "other", [5, 5], seed=1, weights="w1")
+        for seed in (1, 2):
+            write_run(path / f"c{seed}", "random_removal", [0, 5], seed=seed, weights=f"w{seed}")
+        return path
+
+    def test_rows_are_over_the_seeds_that_all_attacks_share(self, tmp_path):
+        page = write([self.uneven(tmp_path / "runs")], tmp_path / "out")
+        comparison = compared(tmp_path / "runs")
+        (target,) = comparison.targets
+        found = {row.name: (row.seeds, row.samples, row.value("attack_success_rate")) for row in target.rows}
+        assert found == {"guided": ("1 of 3", 2, 50.0), "other": ("1", 2, 100.0), "random_removal": ("1 of 2", 2, 50.0)}
+        assert target.best.name == "other"  # an area of 50 against 90 / 2
+        assert comparison.notes == [
+            "d · m: rows and curves are over seed 1, shared by all attacks: guided without seeds 0, 2; random_removal "
+            "without seed 2. Paired tests take all seeds that the two share."
+        ]
+        text = page.read_text()
+        assert comparison.notes[0] in text
+        assert ["guided", "1 of 3", "2"] in [row[:3] for row in rows_of(text)]
+        # The files of figures leave out nothing.
+        lines = list(csv.DictReader((page.parent / "compare.csv").open()))
+        assert sorted((line["name"], line["seeds"]) for line in lines) == [
+            *(("guided", seed) for seed in "012"),
+            ("other", "1"),
+            *(("random_removal", seed) for seed in "12"),
+        ]
+        assert [line["seeds"] for line in csv.DictReader((page.parent / "pooled.csv").open())] == ["1", "1", "1"]
+
+    def test_pairs_take_all_seeds_that_the_two_share(self, tmp_path):
+        pairs = {(p.attack.name, p.reference.name): p for p in compared(self.uneven(tmp_path)).pairs}
+        assert {names: pair.seeds for names, pair in pairs.items()} == {
+            ("guided", "random_removal"): 2,
+            ("other", "random_removal"): 1,
+            ("guided", "other"): 1,
+        }
+        assert pairs["guided", "random_removal"].success["value"] == pytest.approx((0 - 50) / 2)
+
+    def test_no_seed_that_all_share(self, tmp_path):
+        for attack, seeds in (("guided", (0, 1)), ("other", (1, 2)), ("random_removal", (2, 0))):
+            for seed in seeds:
+                write_run(tmp_path / f"{attack}{seed}", attack, GUIDED, seed=seed, weights=f"w{seed}")
+        comparison = compared(tmp_path)
+        assert [row.seeds for row in comparison.rows] == ["2", "2", "2"]
+        assert comparison.notes == [
+            "d · m: no seed is shared by all attacks, so that their rows are not of the same models: guided has seeds "
+            "0, 1; other has seeds 1, 2; random_removal has seeds 0, 2."
+        ]
+
+    def test_other_seeds_of_an_attack_on_the_same_weights_are_not_left_out(self, tmp_path):
+        for seed in (0, 1):
+            write_run(tmp_path / f"a{seed}", "random_removal", RANDOM, seed=seed)
+        write_run(tmp_path / "b", "guided", GUIDED)
+        comparison = compared(tmp_path)
+        assert [row.seeds for row in comparison.rows] == ["1", "2"]
+        assert comparison.notes == []
+
     def test_not_pooled_when_asked_not_to(self, tmp_path):
         targets = compared(self.seeds(tmp_path), pool_seeds=False).targets
         assert [target.name for target in targets] == ["d · m (weights w0)", "d · m (weights w1)"]

@@ -61,12 +61,14 @@ class Row:
     """One attack on one target: a run, or its repeats with other seeds.
 
     Attributes:
-        runs: one a seed.
+        runs: one a seed, which the figures are of.
         name: what the attack is called, unique on its target.
+        left_out: further seeds, of models that not all attacks on the target attacked.
     """
 
     runs: tuple[Run, ...]
     name: str = ""
+    left_out: tuple[Run, ...] = ()
 
     @property
     def attack(self) -> str:
@@ -84,6 +86,15 @@ class Row:
     def label(self) -> str:
         """The name, with what kind of attack it is unless it removes."""
         return f"{self.name} ({KINDS[self.kind]})" if KINDS[self.kind] else self.name
+
+    @property
+    def every(self) -> tuple[Run, ...]:
+        return (*self.runs, *self.left_out)
+
+    @property
+    def seeds(self) -> str:
+        """How many there are, and of how many where some are left out."""
+        return f"{len(self.runs)} of {len(self.every)}" if self.left_out else str(len(self.runs))
 
     @property
     def samples(self) -> int:
@@ -110,7 +121,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Target:
-    """What was attacked, and the attacks on it: removals first, each kind with its random controls last."""
+    """What was attacked, and the attacks on it: removals first, each kind with its random controls last.
+
+    What was attacked may be several models, one a seed. Rows that are read side by side must be of the same models:
+    theirs are those that all of these attacks attacked, unless there is none. Paired tests take what each two share.
+    """
 
     name: str
     rows: list[Row]
@@ -181,7 +196,8 @@ def write(folders: Sequence[Path], out: Path, pool_seeds: bool = True) -> Path:
         folders: run folders, or folders that hold such at any depth.
         out: folder for `compare.md`, `compare.tex` (for a document with the package booktabs), `compare.csv` (a row
             a run), `pooled.csv` (a row an attack, only where there are repeats), `pairs.csv` and `compare.png`.
-        pool_seeds: take runs that differ in their seed alone, and in the weights that it led to, as one.
+        pool_seeds: take runs that differ in their seed alone, and in the weights that it led to, as one. The tables and
+            curves of a target are then over the seeds that all of its attacks share; a note says what is left out.
 
     Returns:
         The path of `compare.md`.
@@ -193,9 +209,9 @@ def write(folders: Sequence[Path], out: Path, pool_seeds: bool = True) -> Path:
     comparison = compare(find_runs(folders), pool_seeds)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    write_csv(out / "compare.csv", _figures(Row((run,), row.name) for row in comparison.rows for run in row.runs))
+    write_csv(out / "compare.csv", _figures(Row((run,), row.name) for row in comparison.rows for run in row.every))
     (out / "pooled.csv").unlink(missing_ok=True)  # of an earlier comparison
-    if any(len(row.runs) > 1 for row in comparison.rows):
+    if any(len(row.every) > 1 for row in comparison.rows):
         write_csv(out / "pooled.csv", _figures(comparison.rows))
     write_csv(out / "pairs.csv", [_PAIR_FIELDS, *map(_pair_fields, comparison.pairs)])
     drawn = [(target.name, [(row.label, row.runs) for row in target.rows]) for target in comparison.targets]
@@ -209,7 +225,11 @@ def write(folders: Sequence[Path], out: Path, pool_seeds: bool = True) -> Path:
 def compare(runs: Sequence[Run], pool_seeds: bool = True) -> Comparison:
     """The attacks of some runs by target, and paired tests between those that have a target in common."""
     rows, notes = _rows(runs, pool_seeds)
-    targets = _targets(rows)
+    targets = []
+    for target in _targets(rows):
+        even, note = _evened(target)
+        targets.append(even)
+        notes += note
     pairs: list[Pair] = []
     for target in targets:
         if len(target.rows) == 1:
@@ -279,6 +299,39 @@ def _targets(rows: Sequence[Row]) -> list[Target]:
         group.sort(key=lambda row: (kinds.index(row.kind), row.is_control, row.attack, row.runs[0].folder))
     groups.sort(key=lambda group: (group[0].runs[0].target[:2], group[0].runs[0].folder))
     return [Target(name, _named(group)) for name, group in zip(_target_names(groups), groups, strict=True)]
+
+
+def _evened(target: Target) -> tuple[Target, list[str]]:
+    """The target with each row's runs on the models that all attacks attacked; and what to say about the others."""
+    attacked = [{run.target for run in row.runs} for row in target.rows]
+    shared = set.intersection(*attacked)
+    if all(own == shared for own in attacked):
+        return target, []
+    if not shared:
+        return target, [
+            f"{target.name}: no seed is shared by all attacks, so that their rows are not of the same models: "
+            + "; ".join(f"{row.name} has {_seeds(row.runs)}" for row in target.rows)
+            + "."
+        ]
+    rows = [
+        replace(
+            row,
+            runs=tuple(run for run in row.runs if run.target in shared),
+            left_out=tuple(run for run in row.runs if run.target not in shared),
+        )
+        for row in target.rows
+    ]
+    left = "; ".join(f"{row.name} without {_seeds(row.left_out)}" for row in rows if row.left_out)
+    kept = _seeds([run for row in rows for run in row.runs])
+    return replace(target, rows=rows), [
+        f"{target.name}: rows and curves are over {kept}, shared by all attacks: {left}. Paired tests take all seeds "
+        f"that the two share."
+    ]
+
+
+def _seeds(runs: Sequence[Run]) -> str:
+    found = list(dict.fromkeys(str(run.about.get("seed")) for run in runs))
+    return f"seed{'s' if len(found) > 1 else ''} {', '.join(found)}"
 
 
 def _target_names(groups: Sequence[Sequence[Row]]) -> list[str]:
@@ -410,11 +463,11 @@ def _matches(target: Target) -> list[tuple[Row, Row]]:
 
 def _run_pairs(attack: Row, reference: Row) -> list[tuple[Run, Run]]:
     """Runs on the same weights, of the same seed where there is one; none is used twice."""
-    left = list(reference.runs)
+    left = list(reference.every)
     found: list[tuple[Run, Run]] = []
     for same_seed in (True, False):
         taken = {id(run) for run, _ in found}
-        for run in attack.runs:
+        for run in attack.every:
             fits = (
                 other
                 for other in left
@@ -531,7 +584,7 @@ def _by_attack(comparison: Comparison, caption: str, own: Sequence[str], metrics
                 lines.append(Line(1, [HEADINGS[kind]]))
             for row in rows:
                 n = whole(row.samples) + ("" if row.finished else " (unfinished)")
-                told = {"seeds": str(len(row.runs)), "n": n}
+                told = {"seeds": row.seeds, "n": n}
                 figures = [_estimate(row.summary.get(m.metric, {}), m) for m in metrics]
                 lines.append(Line(2, [row.name, *(told[name] for name in own), *figures]))
     return Grid(caption, ["attack", *own, *heads], lines)
