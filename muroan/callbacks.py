@@ -106,7 +106,8 @@ class AttackCallback(pl.Callback):
         keep_media: int = 48,
         progress: bool = True,
     ):
-        self.attack, self.path, self.run, self.threat_model = attack, Path(folder), dict(run), threat_model
+        self.attack, self.path, self.threat_model = attack, Path(folder), threat_model
+        self.run = {**run, "guided": attack.guided}
         self.batch_size, self.seed, self.keep_media, self.progress = batch_size, seed, keep_media, progress
         self.records: list[AttackResult] = []
 

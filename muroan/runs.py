@@ -20,6 +20,9 @@ KINDS: dict[Kind, str] = {
     "corruption": "corruption",
 }  # as tables say it
 
+# Attacks that nothing guides; runs of earlier versions do not say so.
+UNGUIDED = ("random_removal", "leave_one_out", "missing_modality", "exhaustive", "swapped_modality")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -65,6 +68,12 @@ class Run:
     def is_control(self) -> bool:
         """Whether the attack removes at random: what a guided attack has to beat."""
         return self.kind == "removal" and "random" in self.attack.lower()
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the attack goes by the model's answers, so that it should beat a control; see `Attack.guided`."""
+        unguided = self.is_control or self.kind == "corruption" or self.attack in UNGUIDED
+        return bool(self.about.get("guided", not unguided))
 
     @property
     def target(self) -> tuple[str, str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ from muroan.metrics import bootstrap, summarise
 from muroan.report import build
 from muroan.report.compare import Comparison, compare, holm, latex, markdown, mcnemar, pooled, sign_flip, write
 from muroan.report.plots import success_at, success_band
+from muroan.report.runs import compare as compare_runs
 from muroan.report.runs import flip_queries, flip_sizes
 from muroan.report.tables import tex
 from muroan.results import AttackResult, Count, RunFolder
@@ -337,6 +339,24 @@ class TestWarning:
         comparison = compared(tmp_path)
         assert comparison.warnings == []
         assert "Warning" not in markdown(comparison)
+
+    def test_what_nothing_guides_is_not_warned_of(self, tmp_path):
+        """Older runs say it by their name alone, newer ones in their `run.json`."""
+        for attack in ("missing_modality", "leave_one_out", "exhaustive", "mine"):
+            write_run(tmp_path / attack, attack, NOTHING)
+        write_run(tmp_path / "random", "random_removal", CLEAR)
+
+        def warned() -> list[str]:
+            comparison = compared(tmp_path)
+            assert len(comparison.pairs) == 4  # each against random removal, which is the best
+            return [re.search(r"curve area of (\w+) less", text)[1] for text in comparison.warnings]
+
+        assert warned() == ["mine"]
+        assert [c.guided.attack for c in compare_runs(find_runs([tmp_path]))] == ["mine"]
+        for attack, guided in (("mine", False), ("exhaustive", True)):
+            file = tmp_path / attack / "run.json"
+            file.write_text(json.dumps({**json.loads(file.read_text()), "guided": guided}))
+        assert warned() == ["exhaustive"]
 
     def test_other_kinds_are_not_warned_of(self, tmp_path):
         write_run(tmp_path / "a", "noise", NOTHING, kind="corruption")

@@ -33,7 +33,7 @@ from muroan.data.samples import Example, PreparedDataset, Sample
 from muroan.errors import MuroanError
 from muroan.modalities import Audio, Image, Region, Text, WordTokenizer
 from muroan.models.base import MultimodalModel, Prediction
-from muroan.results import AttackResult, Count
+from muroan.results import AttackResult, Count, RunFolder
 from muroan.training.module import MultimodalModule
 
 WORDS = ["red", "blue", "green", "cat", "dog", "house"]
@@ -731,6 +731,7 @@ def test_inside_lightnings_test_loop(make, tmp_path):
     expected = attacked(model, make(), samples, donors=list(data.prepared("val")))
     shown = [(r.id, r.status, r.removed, passes(r)) for r in callback.records]
     assert shown == [(r.id, r.status, r.removed, passes(r)) for r in expected]
+    assert RunFolder(tmp_path / "run").run["guided"] is True
 
 
 # ---------------------------------------------------------------------------------------------------------

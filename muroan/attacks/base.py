@@ -224,11 +224,13 @@ class Attack(ABC):
     Attributes:
         kind: what its search returns; see `AttackResult.kind`.
         needs_donors: whether it takes parts from other samples; see `Target.donors`.
+        guided: whether the model's answers decide what it tries next, so that reports expect it to beat random removal.
     """
 
     name = ""
     kind: Kind = "removal"
     needs_donors = False
+    guided = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -23,6 +23,7 @@ class Corruption(BatchAttack):
     """
 
     kind: Kind = "corruption"
+    guided = False
     levels: ClassVar[tuple[float, ...]]
     of: ClassVar[type[Modality]]
     what: ClassVar[str]

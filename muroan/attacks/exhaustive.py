@@ -21,6 +21,8 @@ class Exhaustive(Attack):
         max_atoms: the most finest regions that a sample may have; each one more doubles the removals.
     """
 
+    guided = False
+
     def __init__(self, max_atoms: int = 16):
         if max_atoms < 1:
             raise MuroanError(f"attack.max_atoms must be at least 1, got {max_atoms}")

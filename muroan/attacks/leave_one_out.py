@@ -18,6 +18,8 @@ class LeaveOneOut(Attack):
         every: also remove each finest region of the other modalities alone.
     """
 
+    guided = False
+
     def __init__(self, every: bool = False):
         self.every = every
 

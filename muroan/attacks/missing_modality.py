@@ -18,6 +18,8 @@ class MissingModality(Attack):
     each modality whether the label flips without it alone. There is nothing to set.
     """
 
+    guided = False
+
     def search(self, sample: AttackedSample) -> Search:
         """
         Raises:

@@ -15,6 +15,8 @@ class RandomRemoval(Attack):
         max_parts: each draw takes 1 to `max_parts` regions, the number drawn uniformly.
     """
 
+    guided = False
+
     def __init__(self, draws: int = 20, max_parts: int = 3):
         if draws < 1 or max_parts < 1:
             raise MuroanError(f"attack.draws and attack.max_parts must be at least 1, got {draws} and {max_parts}")

@@ -21,6 +21,7 @@ class SwappedModality(BatchAttack):
     """
 
     needs_donors = True
+    guided = False
 
     def perturb(self, target: Target) -> Sequence[Perturbation | None]:
         """

@@ -83,6 +83,10 @@ class Row:
         return self.runs[0].is_control
 
     @property
+    def is_guided(self) -> bool:
+        return self.runs[0].is_guided
+
+    @property
     def label(self) -> str:
         """The name, with what kind of attack it is unless it removes."""
         return f"{self.name} ({KINDS[self.kind]})" if KINDS[self.kind] else self.name
@@ -512,7 +516,10 @@ def _warnings(pairs: Iterable[Pair]) -> list[str]:
         f"of {pair.reference.name} is {figure(pair.area['value'], 'rate')} percentage points, 95 % interval "
         f"[{interval(pair.area, 'rate')}], over {whole(pair.samples)} shared samples."
         for pair in pairs
-        if pair.reference.is_control and pair.attack.kind == "removal" and (pair.area["low"] or 0.0) <= 0
+        if pair.reference.is_control
+        and pair.attack.kind == "removal"
+        and pair.attack.is_guided
+        and (pair.area["low"] or 0.0) <= 0
     ]
 
 

@@ -121,8 +121,7 @@ def _strongest(group: Sequence[Run]) -> Run:
     """The guided removal attack that flips most; another kind or a random control where there is nothing else."""
 
     def rank(run: Run) -> tuple[bool, bool, float]:
-        guided = not run.is_control
-        return guided and run.kind == "removal", guided, run.value("attack_success_rate") or 0.0
+        return run.is_guided and run.kind == "removal", not run.is_control, run.value("attack_success_rate") or 0.0
 
     return max(group, key=rank)
 

@@ -80,12 +80,12 @@ def area_differences(pairs: Sequence[tuple[AttackResult, AttackResult]]) -> np.n
 def compare(runs: Sequence[Run]) -> list[Comparison]:
     """Every guided attack against every random control on the same target, paired by sample id.
 
-    Corruptions are left out: nobody guides them.
+    Corruptions, and attacks that try what they try whatever the model says, are left out.
     """
     found = []
     for group in by_target(runs):
         for control in (run for run in group if run.is_control):
-            for guided in (run for run in group if not run.is_control and run.kind != "corruption"):
+            for guided in (run for run in group if run.is_guided):
                 pairs = shared(guided, control)
                 success, area = bootstrap(success_differences(pairs)), bootstrap(area_differences(pairs))
                 found.append(Comparison(guided, control, len(pairs), success, area))
