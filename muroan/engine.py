@@ -23,7 +23,7 @@ from muroan.attacks.base import Ask, Attack, AttackedSample, Response, Search, T
 from muroan.attacks.target import BudgetExhausted, Perturbation, Target
 from muroan.data.samples import Sample
 from muroan.errors import MuroanError
-from muroan.modalities import Layout, Removal, removed_elements, stable_seed
+from muroan.modalities import Layout, Removal, removed_elements, stable_seed, word_edits
 from muroan.models.base import Features, MultimodalModel, Prediction, map_features, model_dtype
 from muroan.results import AttackResult, Count, Status
 
@@ -428,8 +428,7 @@ class QueryEngine:
             if layout.words and name in found.inputs:  # by the tokens: the words are only for show
                 changed = sum(not torch.equal(after[a:b], before[a:b]) for a, b in layout.spans)
             elif layout.words:
-                pairs = list(zip(layout.words, layouts[name].words, strict=False))
-                changed = sum(a != b for a, b in pairs) + abs(len(layout.words) - len(layouts[name].words))
+                changed = sum(a != b for a, b in word_edits(layout.words, layouts[name].words))
             else:
                 moved = (after.to(before.dtype) != before).reshape(-1, *after.shape[-len(layout.grid) :]).any(0)
                 changed = int(moved.sum())

@@ -540,6 +540,38 @@ class Text(Modality):
         return {"kind": "text", "grid": list(layout.grid), "words": list(layout.words)}
 
 
+def word_edits(before: Sequence[str], after: Sequence[str]) -> list[tuple[str | None, str | None]]:
+    """The fewest edits that make one text another, word by word (Levenshtein 1966; Wagner and Fischer 1974).
+
+    Of several ways, one with kept words as late as they can be.
+
+    Returns:
+        (old, new) word, in order: the same word twice where it is kept, None for the old one where a word is inserted,
+        and for the new one where it is deleted. Pairs that differ are the edits.
+
+    >>> word_edits(["is", "it", "red"], ["is", "not", "it", "blue"])
+    [('is', 'is'), (None, 'not'), ('it', 'it'), ('red', 'blue')]
+    """
+    n, m = len(before), len(after)
+    cost = np.add.outer(np.arange(n + 1), np.arange(m + 1))  # of the first i words becoming the first j
+    for i, j in itertools.product(range(1, n + 1), range(1, m + 1)):
+        replaced = cost[i - 1, j - 1] + (before[i - 1] != after[j - 1])
+        cost[i, j] = min(replaced, cost[i - 1, j] + 1, cost[i, j - 1] + 1)
+    pairs: list[tuple[str | None, str | None]] = []
+    i, j = n, m
+    while i or j:
+        if i and j and cost[i, j] == cost[i - 1, j - 1] + (before[i - 1] != after[j - 1]):
+            i, j = i - 1, j - 1
+            pairs.append((before[i], after[j]))
+        elif i and cost[i, j] == cost[i - 1, j] + 1:
+            i -= 1
+            pairs.append((before[i], None))
+        else:
+            j -= 1
+            pairs.append((None, after[j]))
+    return pairs[::-1]
+
+
 class WordTokenizer:
     """A vocabulary of lower-case words and punctuation marks, for models trained from scratch."""
 

@@ -47,7 +47,8 @@ class AttackResult:
         interaction: whether a removal across modalities flips while none of its one-modality parts does;
             None when the removal lies in one modality.
         kind: `removal`; `perturbation` (the attack chose new values, which is strictly stronger: `removed` then holds
-            the changed elements); `corruption` (noise that nobody chose).
+            the changed elements, of a text the words replaced, left out or put in by the fewest edits); `corruption`
+            (noise that nobody chose).
         distance: of a perturbation, a modality: `l2` and `linf` in units of the model's input.
         proven: the attack asked every removal in its universe that is smaller, so that none flips; None when it
             makes no such claim.

@@ -155,7 +155,10 @@ def test_swapped_modality_by_hand():
     assert (record.removed, record.info["swapped"]) == ({"image": 6}, ["image"])
     record = one(flips_when(lambda image, text: text[:, 0] == 0), SwappedModality(), donors=donor)
     assert (record.status, record.info["swapped"], record.queries) == ("flipped", ["text"], 2)
-    assert record.removed == {"text": 4}  # "a b c d" became "d c": two others, two gone
+    assert record.removed == {"text": 3}  # "a b c d" became "d c": a and d gone, d for b
+    shorter = samples_of(never().modalities, [{"image": np.zeros((2, 3), np.uint8), "text": "b c d"}])
+    record = one(flips_when(lambda image, text: text[:, 0] == 0), SwappedModality(), donors=shorter)
+    assert record.removed == {"text": 1}  # without a; by position all four words would be others
     assert one(never(), SwappedModality(), donors=donor).queries == 2
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import itertools
 import math
@@ -29,6 +30,7 @@ from muroan.modalities import (
     gaussian_blur,
     removed_elements,
     stable_seed,
+    word_edits,
 )
 
 settings.register_profile("muroan", deadline=None, max_examples=60)
@@ -223,6 +225,39 @@ def test_blur_keeps_the_total_weight_and_is_a_gaussian(axes):
     torch.testing.assert_close(line, expected)
     if axes == 2:
         torch.testing.assert_close(blurred, blurred.transpose(2, 3))
+
+
+WORD_EDITS = [
+    ("a b c", "a b c", 0),
+    ("a b c", "a x c", 1),
+    ("a b c", "b c", 1),  # by position all three would differ
+    ("a b c", "x a b c", 1),
+    ("a b c d", "b c d e", 2),
+    ("a b", "b a", 2),
+    ("a b c", "x y", 3),
+    ("", "a b", 2),
+    ("is it a red circle", "is there not a blue circle", 3),  # there, not and blue for it and red
+]
+
+
+@pytest.mark.parametrize(("before", "after", "count"), WORD_EDITS)
+def test_word_edits_by_hand(before, after, count):
+    pairs = word_edits(before.split(), after.split())
+    assert sum(old != new for old, new in pairs) == count
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=5), st.lists(st.sampled_from("abc"), max_size=5))
+def test_word_edits_are_the_fewest_and_make_the_other_text(before, after):
+    @functools.cache
+    def fewest(i: int, j: int) -> int:
+        if i == len(before) or j == len(after):
+            return len(before) - i + len(after) - j
+        return min(fewest(i + 1, j + 1) + (before[i] != after[j]), fewest(i + 1, j) + 1, fewest(i, j + 1) + 1)
+
+    pairs = word_edits(before, after)
+    assert [old for old, _ in pairs if old is not None] == before
+    assert [new for _, new in pairs if new is not None] == after
+    assert sum(old != new for old, new in pairs) == fewest(0, 0)
 
 
 def test_seeds_are_stable():

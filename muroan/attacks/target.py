@@ -25,7 +25,8 @@ class Perturbation:
 
     Attributes:
         inputs: (*shape) a continuous modality, as the model takes it; for a text, token ids, where no words spell them.
-        words: for a text, the words that it shall have; beside token ids, what a report shows.
+        words: for a text, the words that it shall have; beside token ids, what a report shows. As changed count the
+            words that are replaced, left out or put in, by the fewest edits, and at most as many as the text had.
     """
 
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
