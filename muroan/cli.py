@@ -39,6 +39,7 @@ MUROAN, the MUltimodal RObustness ANalyzer: how few image regions, words or soun
   muroan attack  model=mmbt defense=adversarial_training  attack the hardened model
   muroan report  runs=[outputs/attack]                    tables, plots and an HTML page of all attack runs
   muroan compare runs=[outputs/attack]                    attacks side by side, tested in pairs; Markdown, LaTeX, CSV
+  muroan defenses runs=[outputs/attack]                   did a defence help? defences by attacks, and a verdict
   muroan transfer runs=[outputs/attack]                   does what flips one model flip the others? models by models
 
 Every command takes Hydra overrides, and -m to sweep over several values of them:
@@ -63,6 +64,7 @@ def main() -> None:
         "attack": attack,
         "report": report,
         "compare": compare,
+        "defenses": defenses,
         "transfer": transfer,
     }
     arguments = sys.argv[1:]
@@ -369,6 +371,7 @@ def fit(
     }
     if cost is not None:
         summary["accuracy"] = {"test": metrics["test/accuracy"]}
+        summary["control"] = module.control
         summary["best"] = {"monitor": monitor, "value": best}
         summary |= {"cost": asdict(cost), "start": None if start is None else str(start)}
     write_json(out / "summary.json", summary)
@@ -460,7 +463,7 @@ def training_summary(checkpoint: Path | None) -> dict[str, Any] | None:
     if file is None or not file.is_file():
         return None
     summary = json.loads(file.read_text())
-    return {key: summary[key] for key in ("accuracy", "cost", "best", "start") if key in summary}
+    return {key: summary[key] for key in ("accuracy", "best", "start", "control", "cost") if key in summary}
 
 
 def class_index(name: str, classes: Sequence[str]) -> int:
@@ -523,6 +526,15 @@ def compare(config: DictConfig) -> None:
     page = write([Path(run) for run in config.runs], Path(config.out))
     log.info("%s", page.read_text(encoding="utf-8"))
     log.info("comparison: %s", page)
+
+
+def defenses(config: DictConfig) -> None:
+    """Put defences beside each other and beside the undefended models, from the records of attacks on all of them."""
+    from muroan.report.defenses import write
+
+    page = write([Path(run) for run in config.runs], Path(config.out))
+    log.info("%s", page.read_text(encoding="utf-8"))
+    log.info("defences: %s", page)
 
 
 def transfer(config: DictConfig) -> None:

@@ -53,7 +53,9 @@ class Run:
 
     @property
     def model(self) -> str:
-        return str(self.about["model"])
+        """The model's name, and what it was hardened by."""
+        defense = self.about.get("defense")
+        return f"{self.about['model']} + {defense}" if defense else str(self.about["model"])
 
     @property
     def dataset(self) -> str:
@@ -166,8 +168,8 @@ def _settings(run: Run, others: Sequence[Run]) -> str:
 
 def differences(run: Run, others: Sequence[Run], ignore: Sequence[str]) -> list[str]:
     """The settings of a run, `name=value`, that one of the others does not have; `ignore` names whole groups."""
-    own = _flat(run.about.get("identity"))
-    theirs = [_flat(other.about.get("identity")) for other in others]
+    own = flat(run.about.get("identity"))
+    theirs = [flat(other.about.get("identity")) for other in others]
     return [
         f"{key}={value}"
         for key, value in own.items()
@@ -175,8 +177,9 @@ def differences(run: Run, others: Sequence[Run], ignore: Sequence[str]) -> list[
     ]
 
 
-def _flat(settings: Any, at: str = "") -> dict[str, Any]:
+def flat(settings: Any, at: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
     if not isinstance(settings, dict):
         return {at: settings}
-    parts = (_flat(value, f"{at}.{key}" if at else key) for key, value in settings.items())
+    parts = (flat(value, f"{at}.{key}" if at else key) for key, value in settings.items())
     return {key: value for part in parts for key, value in part.items()}

@@ -21,6 +21,8 @@ class Transferred(Attack):
         MuroanError: no folder was named, it has no finished removal attack, or none of its records is of a sample here.
     """
 
+    guided = False
+
     def __init__(self, run: str | None = None):
         if run is None:
             raise MuroanError(

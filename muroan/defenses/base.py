@@ -58,11 +58,14 @@ class Defense(MultimodalModule):
         training: see `MultimodalModule`.
 
     Attributes:
+        control: whether it is a cheap control, without which no claim about a defence stands.
         cost: what the training took in this process so far.
 
     Raises:
         MuroanError: the ratio is none; the threat model or the defence does not fit the model.
     """
+
+    control = False
 
     def __init__(
         self,

@@ -16,6 +16,8 @@ class ModalityDropout(Defense):
     Args: see `Defense`.
     """
 
+    control = True
+
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor | None:
         modalities = self.model.modalities
         rng = self.rng(batch_idx)

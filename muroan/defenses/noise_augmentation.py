@@ -26,6 +26,8 @@ class NoiseAugmentation(Defense):
         ratio, threat_model, seed, training: see `Defense`.
     """
 
+    control = True
+
     def __init__(
         self,
         model: MultimodalModel,

@@ -12,5 +12,7 @@ from muroan.models.base import MultimodalModel
 class PlainTraining(Defense):
     """Goes on training as before. What a defence gains beyond this is the defence's, not the longer training's."""
 
+    control = True
+
     def __init__(self, model: MultimodalModel, threat_model: ThreatModel | None = None, seed: int = 0, **training: Any):
         super().__init__(model, 0.0, threat_model, seed, **training)

@@ -24,6 +24,8 @@ class RandomRemovalAugmentation(Defense):
         ratio, threat_model, seed, training: see `Defense`.
     """
 
+    control = True
+
     def __init__(
         self,
         model: MultimodalModel,

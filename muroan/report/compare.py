@@ -287,7 +287,8 @@ def _setup(run: Run) -> str:
     own = {key: value for key, value in identity.items() if key not in ("seed", "weights")}
     # Training is no part of an attack's identity, which has the hash of its outcome instead.
     config = run.about.get("config") or {}
-    training = {key: config.get(key) for key in ("training", "defense")}
+    hardening = ("defense", "hardening") if config.get("defense") else ()
+    training = {key: config.get(key) for key in ("training", *hardening)}
     return json.dumps([run.dataset, run.model, run.attack, own, training], sort_keys=True)
 
 

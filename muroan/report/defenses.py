@@ -1,0 +1,413 @@
+"""Did a defence help? Defences against attacks in one grid, what training cost, and a verdict against the controls."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from muroan.errors import MuroanError
+from muroan.metrics import curve_score
+from muroan.report import plots
+from muroan.report.compare import Estimate, Row, pooled
+from muroan.report.tables import escaped, figure, interval, latex_table, markdown_table, tex, whole, write_csv
+from muroan.runs import Run, find_runs, flat
+
+UNDEFENDED = "undefended"
+WORST = "worst case"
+
+METRICS = ["clean_accuracy", "robust_accuracy", "attack_success_rate", "decoupled_fraction_mean"]
+METRICS += ["decoupled_fraction_median", "curve_area", "queries"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the removal attacks together did to one sample.
+
+    Attributes:
+        right: whether the model is right without attack.
+        size: the smallest decoupled fraction, in percent, at which any attack flipped it; infinite if none did.
+    """
+
+    right: bool
+    size: float
+
+    @property
+    def robust(self) -> bool:
+        return self.right and self.size == np.inf
+
+    @property
+    def area(self) -> float:
+        return 100 * curve_score(self.size) if np.isfinite(self.size) else 0.0
+
+
+@dataclass(frozen=True)
+class Defended:
+    """A model under one defence (or none), and the attacks on it.
+
+    Attributes:
+        name: the defence, with the settings that tell it apart from others of the name.
+        control: whether it is one of the cheap controls, which a defence has to beat.
+        attacks: by what the attack is called; the runs, one a seed.
+    """
+
+    name: str
+    control: bool
+    attacks: Mapping[str, Row]
+
+    @property
+    def runs(self) -> list[Run]:
+        return [run for row in self.attacks.values() for run in row.runs]
+
+    @property
+    def undefended(self) -> bool:
+        return self.name == UNDEFENDED
+
+    @cached_property
+    def seeds(self) -> list[Any]:
+        """The seeds that all attacks were run on."""
+        own = [{run.about.get("seed") for run in row.runs} for row in self.attacks.values()]
+        return sorted(set.intersection(*own), key=str)
+
+    def cost(self) -> dict[str, float]:
+        """What hardening took, the mean over seeds; empty where nothing was hardened."""
+        costs = {run.about.get("seed"): (run.about.get("training") or {}).get("cost") for run in self.runs}
+        known = [cost for cost in costs.values() if cost]
+        return {key: float(np.mean([cost[key] for cost in known])) for key in (known[0] if known else ())}
+
+    def outcomes(self, seed: Any, attacks: Sequence[str]) -> dict[str, Outcome]:
+        """What the removals of these attacks did to each sample of a seed, by its id."""
+        found: dict[str, Outcome] = {}
+        for name in attacks:
+            row = self.attacks.get(name)
+            for run in row.runs if row is not None and row.kind == "removal" else ():
+                if run.about.get("seed") != seed:
+                    continue
+                for r in run.records:
+                    size = r.decoupled_fraction if r.flipped else np.inf
+                    known = found.get(r.id, Outcome(r.clean_label == r.label, np.inf))
+                    found[r.id] = Outcome(known.right, min(known.size, size))
+        return found
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A defence less another on the samples and seeds that both share, in percentage points, paired.
+
+    Attributes:
+        robust: difference of the robust accuracies under all removal attacks together.
+        area: difference of the areas under the success curves: below 0, flips need larger removals.
+        samples, seeds: how many were paired.
+    """
+
+    robust: Estimate
+    area: Estimate
+    samples: int
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A defence against the undefended model and against the best of its controls."""
+
+    defense: Defended
+    undefended: Difference | None
+    control: Defended | None
+    beyond: Difference | None
+
+    @property
+    def helped(self) -> bool:
+        """Whether it is more robust than the best control, beyond what chance explains."""
+        return self.beyond is not None and (self.beyond.robust["low"] or 0) > 0
+
+    @property
+    def line(self) -> str:
+        """The finding in one line."""
+        if self.beyond is None or self.control is None:
+            return f"{self.defense.name}: there is no control to compare with, so that no claim can be made."
+        robust, area = self.beyond.robust, self.beyond.area
+        lost = robust["high"] is not None and robust["high"] < 0
+        what = "did worse than a control" if lost else "did not help beyond its controls"
+        what = "helped beyond its controls" if self.helped else what
+        return (
+            f"{self.defense.name} {what}: robust accuracy {_points(robust)} against {self.control.name}, curve area "
+            f"{_points(area)} (below 0, flips need larger removals); {whole(self.beyond.samples)} paired samples, "
+            f"{self.beyond.seeds} seed{'s' if self.beyond.seeds != 1 else ''}."
+        )
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The defences of one model on one dataset, undefended first, controls next.
+
+    Attributes:
+        attacks: those that were run on all hardened models, in order; the worst case is over the removals among them.
+    """
+
+    dataset: str
+    model: str
+    defenses: list[Defended]
+    attacks: list[str]
+
+    @property
+    def name(self) -> str:
+        return f"{self.dataset} · {self.model}"
+
+    def worst(self, defense: Defended) -> dict[str, Estimate]:
+        """Robust accuracy and curve area under all removal attacks together."""
+        by_seed = [list(defense.outcomes(seed, self.attacks).values()) for seed in defense.seeds]
+        by_seed = [outcomes for outcomes in by_seed if outcomes]
+        robust = [np.array([100.0 * o.robust for o in outcomes]) for outcomes in by_seed]
+        area = [np.array([o.area for o in outcomes if o.right]) for outcomes in by_seed]
+        return {"robust_accuracy": pooled(robust), "curve_area": pooled(area)}
+
+    def difference(self, a: Defended, b: Defended) -> Difference | None:
+        """`a` less `b`; None where they share no sample."""
+        robust, area = [], []
+        for seed in (seed for seed in a.seeds if seed in b.seeds):
+            attacks = [name for name in self.attacks if name in a.attacks and name in b.attacks]
+            first, second = a.outcomes(seed, attacks), b.outcomes(seed, attacks)
+            both = [(first[key], second[key]) for key in first if key in second]
+            robust.append(np.array([100.0 * (x.robust - y.robust) for x, y in both]))
+            area.append(np.array([x.area - y.area for x, y in both if x.right and y.right]))
+        samples = sum(map(len, robust))
+        return Difference(pooled(robust), pooled(area), samples, len(robust)) if samples else None
+
+    def verdicts(self) -> list[Verdict]:
+        """One for each defence that is no control."""
+        plain = next((d for d in self.defenses if d.undefended), None)
+        controls = [d for d in self.defenses if d.control]
+        found = []
+        for defense in self.defenses:
+            if defense.control or defense.undefended:
+                continue
+            against = [(c, difference) for c in controls if (difference := self.difference(defense, c)) is not None]
+            # The best control is the one that leaves the least gain.
+            best, beyond = min(against, key=lambda pair: pair[1].robust["value"] or 0.0, default=(None, None))
+            gain = None if plain is None else self.difference(defense, plain)
+            found.append(Verdict(defense, gain, best, beyond))
+        return found
+
+
+def grids(runs: Sequence[Run]) -> list[Grid]:
+    """The runs by dataset and model, each with its defences.
+
+    Raises:
+        MuroanError: no run is of a hardened model.
+    """
+    if not any(run.about.get("defense") for run in runs):
+        raise MuroanError(
+            "no run is of a hardened model: `muroan harden defense=NAME`, then `muroan attack defense=NAME`, and name "
+            "the folders of these attacks and of those on the undefended model in runs"
+        )
+    found = []
+    for place in dict.fromkeys((run.dataset, str(run.about["model"])) for run in runs):
+        own = [run for run in runs if (run.dataset, str(run.about["model"])) == place]
+        defenses = _defenses(own)
+        if all(d.undefended for d in defenses):
+            continue
+        hardened = [set(d.attacks) for d in defenses if not d.undefended]
+        common = set.intersection(*hardened)
+        order = dict.fromkeys(name for d in defenses for name in d.attacks)
+        found.append(Grid(*place, defenses, [name for name in order if name in common]))
+    return found
+
+
+def _defenses(runs: Sequence[Run]) -> list[Defended]:
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(_setup(run), []).append(run)
+    budgets: dict[str, set[Any]] = {}
+    for run in runs:
+        budgets.setdefault(run.attack, set()).add(_budget(run))
+    names = _names(groups)
+    found = []
+    for key, group in groups.items():
+        attacks: dict[str, list[Run]] = {}
+        for run in group:
+            name = run.attack
+            if len(budgets[run.attack]) > 1:
+                name += f" ({whole(_budget(run))} queries)" if _budget(run) else " (no limit)"
+            attacks.setdefault(name, []).append(run)
+        control = any((run.about.get("training") or {}).get("control") for run in group)
+        rows = {name: Row(tuple(_one_a_seed(names[key], name, own)), name) for name, own in sorted(attacks.items())}
+        found.append(Defended(names[key], control, rows))
+    return sorted(found, key=lambda d: (not d.undefended, not d.control, d.name))
+
+
+def _one_a_seed(defense: str, attack: str, runs: Sequence[Run]) -> list[Run]:
+    seeds = [run.about.get("seed") for run in runs]
+    if len(set(seeds)) < len(seeds):
+        raise MuroanError(
+            f"{defense}, {attack}: {len(runs)} runs with the seeds {', '.join(map(str, seeds))}, and nothing tells "
+            f"which of one seed to take ({', '.join(run.folder for run in runs[:4])}): name fewer folders in runs"
+        )
+    return sorted(runs, key=lambda run: str(run.about.get("seed")))
+
+
+def _setup(run: Run) -> str:
+    """What decides how a model was hardened, apart from the seed."""
+    config = run.about.get("config") or {}
+    if not run.about.get("defense"):
+        return UNDEFENDED
+    return json.dumps([run.about["defense"], _options(config)], sort_keys=True)
+
+
+def _options(config: Mapping[str, Any]) -> dict[str, Any]:
+    defense = {key: value for key, value in (config.get("defense") or {}).items() if key != "folder"}
+    return {"defense": defense, "hardening": config.get("hardening") or {}}
+
+
+def _budget(run: Run) -> Any:
+    return ((run.about.get("identity") or {}).get("threat_model") or {}).get("max_queries")
+
+
+def _names(groups: Mapping[str, Sequence[Run]]) -> dict[str, str]:
+    """What each group is called: the defence, and the settings in which it differs from others of the name."""
+    settings = {
+        key: (str(runs[0].about.get("defense") or UNDEFENDED), flat(_options(runs[0].about.get("config") or {})))
+        for key, runs in groups.items()
+    }
+    names = {}
+    for key, (name, own) in settings.items():
+        others = [options for other, (title, options) in settings.items() if title == name and other != key]
+        differing = [f"{k.split('.', 1)[-1]}={v}" for k, v in own.items() if any(o.get(k) != v for o in others)]
+        names[key] = f"{name} ({', '.join(differing[:3])})" if differing else name
+    return names
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What is written
+
+
+def write(folders: Sequence[Path], out: Path) -> Path:
+    """The grid of defences by attacks from the records of finished runs, undefended ones included. No model is loaded.
+
+    Args:
+        folders: run folders, or folders that hold such at any depth.
+        out: folder for `defenses.md`, `defenses.tex`, `defenses.csv` and `defenses.png`.
+
+    Returns:
+        The path of `defenses.md`.
+
+    Raises:
+        MuroanError: a folder holds no run, or no run is of a hardened model; two runs cannot be told apart.
+    """
+    found = grids(find_runs(folders))
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_csv(out / "defenses.csv", _lines(found))
+    (out / "defenses.tex").write_text(latex(found), encoding="utf-8")
+    drawn = [(grid.name, _drawn(grid)) for grid in found]
+    (out / "defenses.png").write_bytes(plots.budgets(drawn))
+    page = out / "defenses.md"
+    page.write_text(markdown(found), encoding="utf-8")
+    return page
+
+
+def _drawn(grid: Grid) -> list[tuple[str, Sequence[Run]]]:
+    """The curves of the first guided removal attack that all were attacked by, one a defence."""
+    guided = [
+        name
+        for name in grid.attacks
+        if all(name in d.attacks and d.attacks[name].runs[0].is_guided for d in grid.defenses)
+        and grid.defenses[0].attacks[name].kind == "removal"
+    ]
+    return [(d.name, d.attacks[guided[0]].runs) for d in grid.defenses] if guided else []
+
+
+def _points(estimate: Estimate) -> str:
+    if estimate["value"] is None:
+        return "not to be had"
+    return f"{estimate['value']:+.1f} points [{estimate['low']:+.1f}, {estimate['high']:+.1f}]"
+
+
+HEAD = ["defence", "clean accuracy (%)", f"robust accuracy, {WORST} (%)", f"curve area, {WORST} (%)"]
+COST = ["training samples", "attack passes", "seconds"]
+
+
+def _cells(grid: Grid, defense: Defended) -> list[str]:
+    clean = next(iter(defense.attacks.values())).summary["clean_accuracy"]
+    worst = grid.worst(defense)
+    cells = [defense.name + (" (control)" if defense.control else "")]
+    for estimate in (clean, worst["robust_accuracy"], worst["curve_area"]):
+        span = interval(estimate, "rate")
+        cells.append(figure(estimate["value"], "rate") + (f" [{span}]" if span else ""))
+    for name in grid.attacks:
+        row = defense.attacks.get(name)
+        if row is None:
+            cells.append("")
+            continue
+        robust, success = row.value("robust_accuracy"), row.value("attack_success_rate")
+        size = row.value("decoupled_fraction_mean")
+        at = f" at {figure(size, 'fraction')}" if size is not None else ""
+        cells.append(f"{figure(robust, 'rate')} ({figure(success, 'rate')}{at})")
+    cost = defense.cost()
+    passes = cost.get("attack_forwards", 0) + cost.get("attack_backwards", 0)
+    return cells + ([whole(cost["rows"]), whole(passes), whole(cost["seconds"])] if cost else [""] * 3)
+
+
+NOTE = (
+    "By attack: robust accuracy, in brackets the success rate and the mean decoupled (or changed) fraction of the "
+    "flips, all in percent. Worst case: a sample counts as robust if none of the removal attacks flips it, and the "
+    "smallest of their flips goes into the curve. Cost: samples trained on, repeats counted, passes of the training's "
+    "own attack, wall time; means over seeds. Brackets after a figure: 95 % bootstrap interval."
+)
+
+
+def markdown(found: Sequence[Grid]) -> str:
+    """The grids with the verdicts in Markdown."""
+    parts = []
+    for grid in found:
+        rows = [[*HEAD, *grid.attacks, *COST], *(_cells(grid, defense) for defense in grid.defenses)]
+        table = markdown_table([[escaped(cell) for cell in row] for row in rows])
+        lines = "".join(f"- {escaped(verdict.line)}\n" for verdict in grid.verdicts())
+        parts.append(f"## {escaped(grid.name)}\n\n{table}\n{lines}")
+    return "\n".join([*parts, NOTE, ""])
+
+
+def latex(found: Sequence[Grid]) -> str:
+    """The same in LaTeX, for a document with the package booktabs."""
+    tables = []
+    for grid in found:
+        heads = [*HEAD, *grid.attacks, *COST]
+        head = [" & ".join(rf"\rotatebox{{60}}{{{tex(cell)}}}" for cell in heads) + r" \\"]
+        body = [" & ".join(map(tex, _cells(grid, defense))) + r" \\" for defense in grid.defenses]
+        notes = [*(verdict.line for verdict in grid.verdicts()), NOTE]
+        style = r"\scriptsize\setlength{\tabcolsep}{3pt}"
+        tables.append(latex_table(grid.name, "l" + "r" * (len(heads) - 1), head, body, notes, style))
+    return "% Needs the packages booktabs and graphicx.\n" + "\n".join(tables)
+
+
+def _lines(found: Sequence[Grid]) -> list[list[object]]:
+    """Every figure in full, a line a defence and attack, and one for the worst case."""
+    spans = ("", "_low", "_high")
+    head: list[object] = ["dataset", "model", "defense", "control", "attack", "seeds", "samples"]
+    head += [metric + span for metric in METRICS for span in spans]
+    head += ["rows", "attack_forwards", "attack_backwards", "seconds"]
+    lines = [head]
+    for grid in found:
+        for defense in grid.defenses:
+            cost = defense.cost()
+            paid = [cost.get(str(key), "") for key in head[-4:]]
+            own: list[object] = [grid.dataset, grid.model, defense.name, defense.control]
+            for name, row in defense.attacks.items():
+                summary = row.summary
+                lines.append([*own, name, len(row.runs), row.samples, *_numbers(summary), *paid])
+            worst = grid.worst(defense)
+            samples = sum(len(defense.outcomes(seed, grid.attacks)) for seed in defense.seeds)
+            lines.append([*own, WORST, len(defense.seeds), samples, *_numbers(worst), *paid])
+    return lines
+
+
+def _numbers(summary: Mapping[str, Estimate]) -> list[object]:
+    found: list[object] = []
+    for metric in METRICS:
+        estimate = summary.get(metric, {})
+        found += ["" if estimate.get(key) is None else estimate[key] for key in ("value", "low", "high")]
+    return found

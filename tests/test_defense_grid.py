@@ -1,0 +1,177 @@
+"""Defences against attacks: the grid, its worst case and its verdicts, from hand-made records."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from test_compare import record, rows_of
+
+from muroan.errors import MuroanError
+from muroan.report.defenses import Grid, grids, latex, markdown, write
+from muroan.results import RunFolder
+from muroan.runs import find_runs
+
+COST = {"rows": 1000, "attack_forwards": 300, "attack_backwards": 20, "seconds": 12.5}
+
+
+def run(
+    path: Path,
+    attack: str,
+    outcomes: list[int | None],
+    defense: str | None = None,
+    control: bool = False,
+    seed: int = 0,
+    budget: int | None = 500,
+    lr: float = 0.1,
+    **more: Any,
+) -> None:
+    """An attack on a model under a defence; outcomes as in test_compare: removed percent, 0 held, None wrong before."""
+    folder = RunFolder(path / f"{defense}-{attack}-{budget}-{seed}-{lr}")
+    weights = f"{defense}{seed}{lr}"
+    training = {"control": control, "cost": COST} if defense else None
+    folder.start(
+        {
+            "identity": {"attack": attack, "threat_model": {"max_queries": budget}, "seed": seed, "weights": weights},
+            "attack": attack,
+            "model": "m",
+            "dataset": "d",
+            "defense": defense,
+            "training": training,
+            "classes": ["no", "yes"],
+            "seed": seed,
+            "checkpoint": {"path": "x", "sha256": weights},
+            "config": {"defense": {"lr": lr} if defense else None, "hardening": {"epochs": 1} if defense else None},
+        }
+    )
+    for index, removed in enumerate(outcomes):
+        folder.append(record(index, attack, removed, **more))
+    folder.finish()
+
+
+def small(path: Path) -> Path:
+    """An undefended model, a control, and a defence that two attacks break in different places."""
+    run(path, "decoupling", [1, 1, 1, 1])
+    run(path, "decoupling", [2, 0, 2, None], "plain_training", control=True)
+    run(path, "greedy", [0, 0, 5, None], "plain_training", control=True)
+    run(path, "decoupling", [0, 4, 0, 0], "hard")
+    run(path, "greedy", [8, 2, 0, 0], "hard")
+    return path
+
+
+def grid(path: Path) -> Grid:
+    (found,) = grids(find_runs([path]))
+    return found
+
+
+def test_the_worst_case_by_hand(tmp_path: Path) -> None:
+    found = grid(small(tmp_path))
+    assert [d.name for d in found.defenses] == ["undefended", "plain_training", "hard"]
+    assert found.attacks == ["decoupling", "greedy"]
+    plain, control, hard = found.defenses
+    # Of four samples: none holds; one wrong and one of three holds; two of four hold.
+    assert [found.worst(d)["robust_accuracy"]["value"] for d in found.defenses] == [0.0, 25.0, 50.0]
+    # 1 % of the input scores 90, 2 % 80 and 8 % 20: the smallest flip of either attack counts.
+    assert found.worst(plain)["curve_area"]["value"] == pytest.approx(90)
+    assert found.worst(control)["curve_area"]["value"] == pytest.approx((80 + 0 + 80) / 3)
+    assert found.worst(hard)["curve_area"]["value"] == pytest.approx((20 + 80 + 0 + 0) / 4)
+
+
+def test_the_verdict_by_hand(tmp_path: Path) -> None:
+    (verdict,) = grid(small(tmp_path)).verdicts()
+    assert verdict.control is not None
+    assert verdict.control.name == "plain_training"
+    assert verdict.beyond is not None
+    # Pairs: broken / broken, broken / robust, robust / broken, robust / wrong.
+    assert verdict.beyond.robust["value"] == pytest.approx((0 - 100 + 100 + 100) / 4)
+    # Only samples that both get right have a flip to compare.
+    assert verdict.beyond.area["value"] == pytest.approx(((20 - 80) + (80 - 0) + (0 - 80)) / 3)
+    assert not verdict.helped
+    assert verdict.line.startswith("hard did not help beyond its controls: robust accuracy +25.0 points [")
+    assert verdict.undefended is not None
+    assert verdict.undefended.robust["value"] == 75.0, "by decoupling alone, which both were attacked by"
+
+
+@pytest.mark.parametrize(
+    ("hard", "control", "says"),
+    [
+        ([0] * 30, [1] * 30, "hard helped beyond its controls: robust accuracy +100.0 points"),
+        ([1] * 30, [0] * 30, "hard did worse than a control: robust accuracy -100.0 points"),
+        ([3] * 30, [1] * 30, "hard did not help beyond its controls: robust accuracy +0.0 points"),
+    ],
+)
+def test_verdicts(tmp_path: Path, hard: list[Any], control: list[Any], says: str) -> None:
+    run(tmp_path, "decoupling", hard, "hard")
+    run(tmp_path, "decoupling", control, "plain_training", control=True)
+    run(tmp_path, "decoupling", [1] * 30, "noise", control=True)
+    (verdict,) = grid(tmp_path).verdicts()
+    assert says in verdict.line
+    assert verdict.beyond is not None
+    assert verdict.beyond.area["value"] == pytest.approx({0: -90, 3: -20, 1: 90}[hard[0]])
+
+
+def test_without_a_control_no_claim_is_made(tmp_path: Path) -> None:
+    run(tmp_path, "decoupling", [0, 0], "hard")
+    (verdict,) = grid(tmp_path).verdicts()
+    assert "no control to compare with, so that no claim can be made" in verdict.line
+
+
+def test_seeds_are_paired_with_their_own(tmp_path: Path) -> None:
+    for seed, (hard, control) in enumerate([([0, 0], [1, 0]), ([1, 1], [0, 1])]):
+        run(tmp_path, "decoupling", hard, "hard", seed=seed)
+        run(tmp_path, "decoupling", control, "plain_training", control=True, seed=seed)
+    run(tmp_path, "decoupling", [1, 1], "plain_training", control=True, seed=7)
+    (verdict,) = grid(tmp_path).verdicts()
+    assert verdict.beyond is not None
+    assert (verdict.beyond.samples, verdict.beyond.seeds) == (4, 2)
+    assert verdict.beyond.robust["value"] == pytest.approx((50 - 50) / 2)
+
+
+def test_budgets_and_settings_tell_attacks_and_defences_apart(tmp_path: Path) -> None:
+    for budget in (500, 5000):
+        run(tmp_path, "decoupling", [0, 1], "hard", budget=budget)
+        run(tmp_path, "decoupling", [1, 1], "hard", budget=budget, lr=0.2)
+    run(tmp_path, "pgd", [1, 1], "hard", kind="perturbation")
+    found = grid(tmp_path)
+    assert [d.name for d in found.defenses] == ["hard (lr=0.1)", "hard (lr=0.2)"]
+    assert found.attacks == ["decoupling (500 queries)", "decoupling (5\u202f000 queries)"]
+    robust = found.worst(found.defenses[0])["robust_accuracy"]["value"]
+    assert robust == 50.0, "value-choosing attacks are no part of the worst case"
+
+
+def test_what_cannot_be_told_apart_is_refused(tmp_path: Path) -> None:
+    run(tmp_path / "a", "decoupling", [0, 1], "hard")
+    run(tmp_path / "b", "decoupling", [0, 0], "hard")
+    with pytest.raises(MuroanError, match="2 runs with the seeds 0, 0, and nothing tells which"):
+        grid(tmp_path)
+    run(tmp_path / "c", "decoupling", [0, 1])
+    with pytest.raises(MuroanError, match=r"no run is of a hardened model: `muroan harden"):
+        grid(tmp_path / "c")
+
+
+def test_files(tmp_path: Path) -> None:
+    page = write([small(tmp_path / "runs")], tmp_path / "out")
+    text = page.read_text()
+    rows = rows_of(text)
+    assert len({len(row) for row in rows}) == 1
+    assert [row[0] for row in rows[2:]] == ["undefended", "plain_training (control)", "hard"]
+    assert rows[4][4:6] == ["75.0 (25.0 at 4.00)", "50.0 (50.0 at 5.00)"]
+    assert rows[4][-3:] == ["1\u202f000", "320", "12"]
+    assert "- hard did not help beyond its controls" in text
+    with (tmp_path / "out/defenses.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 5 + 3
+    worst = next(line for line in lines if line["defense"] == "hard" and line["attack"] == "worst case")
+    assert float(worst["robust_accuracy"]) == 50
+    assert float(worst["attack_forwards"]) == 300
+    found = grids(find_runs([tmp_path / "runs"]))
+    assert text == markdown(found)
+    tex = latex(found)
+    assert (tmp_path / "out/defenses.tex").read_text() == tex
+    assert tex.count("{") == tex.count("}")
+    assert all(line.count("&") == 8 for line in tex.splitlines() if re.search(r"(?<!\\)&", line))
+    assert Image.open(tmp_path / "out/defenses.png").size[0] > 800
