@@ -201,7 +201,7 @@ def cell(command: str, *, _root_: DictConfig) -> str:
 
     chosen = identity(_root_, command, resolve=False)
     if command == "attack":
-        trained = "train" if _root_.defense is None else "harden"
+        trained = "harden" if _root_.defense else "train"
         chosen["trained"] = _root_.checkpoint or identity(_root_, trained, resolve=False)
     return fingerprint(chosen)[:6]
 
@@ -271,7 +271,7 @@ def harden(config: DictConfig) -> None:
     from muroan.callbacks import RobustValidation
     from muroan.training.module import load_weights
 
-    if config.defense is None:
+    if not config.defense:
         raise MuroanError(f"harden needs a defence, such as defense=adversarial_training: {', '.join(of('defense'))}")
     if already_trained(config):
         return
@@ -389,15 +389,15 @@ def find_checkpoint(config: DictConfig, model: Any, defense: Any = None) -> Path
     """
     if config.checkpoint:
         return Path(config.checkpoint)
-    trained = Path(config.folders.train if defense is None else config.folders.harden) / "best.ckpt"
+    trained = Path(config.folders.harden if defense else config.folders.train) / "best.ckpt"
     if trained.is_file():
         return trained
-    if defense is None and model.pretrained:
+    if not defense and model.pretrained:
         return None
     without = ["attack", "out", "threat_model", "engine"]
-    without += ["defense", "hardening", "attack@defense", "attack@hardening"] if defense is None else []
-    words = [f"muroan {'train' if defense is None else 'harden'}", *own_overrides(*without)]
-    state = "trained" if defense is None else "hardened"
+    without += [] if defense else ["defense", "hardening", "attack@defense", "attack@hardening"]
+    command, state = ("harden", "hardened") if defense else ("train", "trained")
+    words = [f"muroan {command}", *own_overrides(*without)]
     raise MuroanError(
         f"no {state} model in {trained.parent}: run `{' '.join(words)}` first, or name one with checkpoint=FILE"
     )
@@ -423,7 +423,7 @@ def attack(config: DictConfig) -> None:
         "attack": chosen["attack"],
         "model": chosen["model"],
         "dataset": chosen["dataset"],
-        "defense": chosen.get("defense"),
+        "defense": chosen["defense"] if config.defense else None,
         "training": training_summary(checkpoint),
         "modalities": list(model.modalities),
         "classes": list(data.classes),

@@ -76,7 +76,7 @@ def test_attacks(name: str, tmp_path: Path) -> None:
     assert attack.name == name, "the name in records is the name of the choice"
 
 
-@pytest.mark.parametrize("name", [name for group, name in CHOICES if group == "defense"])
+@pytest.mark.parametrize("name", [name for group, name in CHOICES if group == "defense" and name != "none"])
 def test_defenses(name: str) -> None:
     config = job(f"defense={name}", command="harden")
     assert f"mmbt-{name}-" in config.out

@@ -1,0 +1,150 @@
+"""`muroan harden` as a real command: the model it leaves, what the attack on it records, and the grid of both."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import SMALL, environment, muroan
+from test_cli import one_line, wait_for_lines
+from test_compare import rows_of
+
+from muroan.results import read_records
+
+pytestmark = pytest.mark.xdist_group("harden")
+
+HARDEN = (
+    *SMALL,
+    "hardening.epochs=2",
+    "hardening.batches=3",
+    "hardening.samples=12",
+    "hardening.threat_model.max_queries=20",
+)
+ATTACK = ("dataset.test_limit=24", "threat_model.max_queries=20", "attack=decoupling_reference", "engine.keep_media=0")
+
+
+@pytest.fixture(scope="module")
+def place(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A folder, and the options by which all commands find the trained model and each other in it."""
+    folder = tmp_path_factory.mktemp("harden")
+    names = "${hydra:runtime.choices.defense}"
+    options = [f"folders.train={trained}", f"folders.harden='{folder}/models/{names}'", "tracker=none"]
+    return folder, [*options, f"folders.attack='{folder}/attacks/{names}-${{hydra:runtime.choices.attack}}'"]
+
+
+@pytest.fixture(scope="module")
+def hardened(place: tuple[Path, list[str]]) -> Path:
+    folder, options = place
+    muroan("harden", "-m", *HARDEN, *options, "defense=plain_training,adversarial_training", cwd=folder)
+    muroan("attack", "-m", *HARDEN, *ATTACK, *options, "defense=none,plain_training,adversarial_training", cwd=folder)
+    return folder
+
+
+def test_the_summary_tells_what_it_took(hardened: Path) -> None:
+    plain, trained = (
+        json.loads((hardened / "models" / name / "summary.json").read_text())
+        for name in ("plain_training", "adversarial_training")
+    )
+    assert plain["control"] is True
+    assert trained["control"] is False
+    assert plain["cost"]["rows"] == trained["cost"]["rows"] == 2 * 3 * 64
+    assert plain["cost"]["attack_forwards"] == 0 < trained["cost"]["attack_forwards"]
+    assert trained["cost"]["seconds"] > 0
+    assert trained["best"]["monitor"] == "val/robust_accuracy"
+    assert trained["start"].endswith("best.ckpt")
+    assert plain["weights"] != trained["weights"]
+    assert (hardened / "models/adversarial_training/best.ckpt").exists()
+
+
+def test_an_attack_on_it_says_what_it_attacked(hardened: Path) -> None:
+    runs = {
+        name: json.loads((hardened / f"attacks/{name}-decoupling_reference/run.json").read_text())
+        for name in ("none", "plain_training", "adversarial_training")
+    }
+    assert [run["defense"] for run in runs.values()] == [None, "plain_training", "adversarial_training"]
+    assert len({run["checkpoint"]["sha256"] for run in runs.values()}) == 3
+    assert runs["adversarial_training"]["training"]["cost"]["attack_forwards"] > 0
+
+
+def test_what_flipped_the_undefended_model_is_tried_on_it_and_all_are_put_into_a_grid(
+    hardened: Path, place: tuple[Path, list[str]]
+) -> None:
+    folder, options = place
+    undefended = folder / "attacks/none-decoupling_reference"
+    transferred = [*HARDEN, *ATTACK[:2], *options, "attack=transferred", f"attack.run={undefended}"]
+    muroan("attack", "-m", *transferred, "defense=plain_training,adversarial_training", cwd=folder)
+    found = read_records(folder / "attacks/adversarial_training-transferred/records.jsonl")
+    assert {r.queries for r in found if r.attacked} <= {0, 1}
+    flipped = {r.id: r.removed for r in read_records(undefended / "records.jsonl") if r.flipped}
+    assert all(flipped[r.id] == r.removed for r in found if r.flipped)
+    shown = muroan("defenses", f"runs=[{folder / 'attacks'}]", f"out={folder / 'grid'}", cwd=folder).stdout
+    rows = rows_of(shown)
+    assert [row[0] for row in rows[2:]] == ["undefended", "plain_training (control)", "adversarial_training"]
+    assert rows[0][4:6] == ["decoupling_reference", "transferred"]
+    assert "adversarial_training did" in shown or "adversarial_training helped" in shown
+    assert (folder / "grid/defenses.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_finished_one_is_not_hardened_again(hardened: Path, place: tuple[Path, list[str]]) -> None:
+    folder, options = place
+    done = muroan("harden", *HARDEN, *options, "defense=plain_training", cwd=folder)
+    assert "already trained" in done.stdout
+
+
+def test_refusals_are_one_line(place: tuple[Path, list[str]], tmp_path: Path) -> None:
+    folder, options = place
+    refused = {
+        (): "harden needs a defence, such as defense=adversarial_training",
+        ("defense=modality_dropout", "defense.ratio=2"): "defense.ratio is the share of a batch",
+        ("defense=plain_training", "hardening.start=else"): "hardening.start must be trained or scratch, got 'else'",
+        ("defense=plain_training", f"folders.train={tmp_path}"): "run `muroan train",
+    }
+    for more, expected in list(refused.items()):
+        assert expected in one_line(muroan("harden", *HARDEN, *options, *more, cwd=folder, check=False))
+    message = one_line(muroan("attack", *options, "defense=noise_augmentation", cwd=folder, check=False))
+    assert "no hardened model in" in message
+    assert "run `muroan harden defense=noise_augmentation" in message.replace("folders", " folders")
+
+
+@pytest.mark.slow
+def test_a_killed_offline_hardening_goes_on_where_it_was(place: tuple[Path, list[str]], tmp_path: Path) -> None:
+    _, options = place
+    out = tmp_path / "model"
+    words = [
+        *HARDEN,
+        *options,
+        "defense=adversarial_training_offline",
+        "attack@defense.attack=random_removal",
+        f"out={out}",
+    ]
+    words += ["defense.samples=700"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "muroan.cli", "harden", *words], cwd=tmp_path, env=environment(), stdout=-1, stderr=-1
+    )
+    wait_for_lines(out / "adversarial/0-00000.pt", 1)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    first = (out / "adversarial/0-00000.pt").stat().st_mtime_ns
+    assert not (out / "summary.json").exists()
+    muroan("harden", *words, cwd=tmp_path)
+    assert (out / "adversarial/0-00000.pt").stat().st_mtime_ns == first
+    assert len(list((out / "adversarial").glob("*.pt"))) == 3
+    assert (out / "summary.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "defense", ["adversarial_training", "adversarial_training_offline", "embedding_adversarial_training"]
+)
+def test_two_processes_harden_together(defense: str, place: tuple[Path, list[str]], tmp_path: Path) -> None:
+    _, options = place
+    words = [*HARDEN, *options, f"defense={defense}", f"out={tmp_path / 'model'}", "device=ddp_cpu"]
+    words += ["defense.samples=200"] if defense.endswith("offline") else []
+    muroan("harden", *words, cwd=tmp_path)
+    summary = json.loads((tmp_path / "model/summary.json").read_text())
+    assert summary["cost"]["rows"] == 2 * 2 * 3 * 64, "both processes train on batches of their own"
+    assert summary["cost"]["attack_forwards"] > 0
