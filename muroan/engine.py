@@ -430,9 +430,10 @@ class QueryEngine:
             elif layout.words:
                 changed = sum(a != b for a, b in word_edits(layout.words, layouts[name].words))
             else:
+                before = before.to(after.dtype).to(before.dtype)  # what the model's type leaves of it
                 moved = (after.to(before.dtype) != before).reshape(-1, *after.shape[-len(layout.grid) :]).any(0)
                 changed = int(moved.sum())
-                step = (after - before).double()
+                step = after.double() - before.double()
                 result.distance[name] = {"l2": float(step.norm()), "linf": float(step.abs().max())}
             if changed:
                 result.removed[name] = min(changed, layout.count)

@@ -35,6 +35,9 @@ log = logging.getLogger("muroan")
 # Makes dataset and model, untrained, of what a `run.json` says.
 Build = Callable[[Mapping[str, Any]], tuple[MultimodalData, MultimodalModel]]
 
+# The types that Lightning gives a whole model.
+TRUE = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+
 
 # ---------------------------------------------------------------------------------------------------------
 # Asking one model what was found on others
@@ -402,8 +405,9 @@ def _asked(groups: Sequence[Group], build: Build, batch_size: int, device: str |
     cells: dict[tuple[str, str, str], Cell] = {}
     for number, (target, run) in enumerate(about.items(), start=1):
         data, model = trained(run, build)
-        model = model.eval().to(device)
-        precision = {"bf16-mixed": "bf16", "16-mixed": "16"}.get(str(_identity(run).get("precision")), "32")
+        attacked_in = str(_identity(run).get("precision"))
+        model = model.eval().to(device=device, dtype=TRUE.get(attacked_in))
+        precision = {"bf16-mixed": "bf16", "16-mixed": "16"}.get(attacked_in, "32")
         for group in groups:
             if target not in group.columns:
                 continue

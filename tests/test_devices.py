@@ -7,17 +7,22 @@ from functools import partial
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 
 import muroan
 from muroan.attacks.decoupling_reference import DecouplingReference
+from muroan.attacks.pgd import PgdLinf
 from muroan.attacks.random_removal import RandomRemoval
+from muroan.callbacks import AttackCallback
+from muroan.data.base import MultimodalData
 from muroan.data.samples import Batch, Example, PreparedDataset, Sample
 from muroan.modalities import Audio, Image, Text, WordTokenizer
 from muroan.models.encoders import AudioConv, ConvTokens, WordEmbedding
 from muroan.models.fusion.mmbt import MMBTFusion
 from muroan.models.fusion_model import FusionModel
 from muroan.models.heads import LinearHead
+from muroan.training.module import MultimodalModule
 
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CUDA = pytest.param("cuda", marks=needs_gpu)
@@ -74,3 +79,58 @@ def test_half_precision_flips_about_as_many(target, device) -> None:
     assert any(a != b for a, b in zip(full, half, strict=True)), "half precision made no difference at all"
     assert abs(sum(r.flipped for r in full) - sum(r.flipped for r in half)) <= len(samples) // 5
     model.cpu()
+
+
+class Noise(MultimodalData):
+    """The random samples of a model as a dataset of their own."""
+
+    name, classes = "noise", [str(i) for i in range(5)]
+
+    def natural_modalities(self):
+        words = Text(WordTokenizer(["a", "b", "c"]), 6)
+        return {"image": Image((16, 16)), "text": words, "audio": Audio(800, 8000)}
+
+    def load(self, split):
+        rng = np.random.default_rng(0)
+        raw = [
+            {
+                "image": rng.integers(0, 255, (16, 16, 3), dtype=np.uint8),
+                "text": " ".join(rng.choice(["a", "b", "c"], 3)),
+                "audio": rng.uniform(-1, 1, 700),
+            }
+            for _ in range(24)
+        ]
+        return [Example(f"{split}{i}", inputs, i % 5) for i, inputs in enumerate(raw)]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("64-true", torch.float64), ("bf16-true", torch.bfloat16), ("16-true", torch.float16)]
+)
+def test_lightning_trains_and_attacks_in_a_precision_of_its_own(tmp_path, precision, dtype) -> None:
+    torch.manual_seed(0)
+    data = Noise(batch_size=8, test_batch_size=8)
+    encoders = {
+        "image": partial(ConvTokens, width=16, grid=(2, 2)),
+        "text": partial(WordEmbedding, width=16),
+        "audio": partial(AudioConv, width=16),
+    }
+    fusion = partial(MMBTFusion, width=16, layers=1, heads=2)
+    module = MultimodalModule(FusionModel(data.modalities(), 5, encoders, fusion, LinearHead), lr=1e-4)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    quiet |= {"enable_checkpointing": False, "num_sanity_val_steps": 0, "use_distributed_sampler": False}
+    if precision != "16-true":  # in which the 1e-8 of Adam is 0
+        trainer = pl.Trainer(max_epochs=1, precision=precision, **quiet)
+        trainer.fit(module, data)
+        assert torch.isfinite(trainer.callback_metrics["val/loss"])
+    for attack in (RandomRemoval(10), PgdLinf(0.3, 0.1, 4, modalities=["image"])):
+        callback = AttackCallback(attack, tmp_path / attack.name, {"identity": {}}, progress=False, batch_size=8)
+        pl.Trainer(precision=precision, callbacks=[callback], **quiet).test(module, data, verbose=False)
+        assert {p.dtype for p in module.model.parameters()} == {dtype}
+        assert len(callback.records) == 24
+        if attack.kind == "perturbation":
+            flipped = [r for r in callback.records if r.flipped]
+            assert all(list(r.removed) == ["image"] and r.distance["image"]["linf"] > 0.01 for r in flipped)
+    # The engine takes the type that Lightning gave the model, also where Lightning is not there.
+    expected = muroan.evaluate(module.model, data.prepared("test"), PgdLinf(0.3, 0.1, 4, modalities=["image"]))
+    assert [(r.id, r.status) for r in callback.records] == [(r.id, r.status) for r in expected]

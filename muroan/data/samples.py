@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,22 +52,27 @@ class Sample:
     label: int
 
 
-@dataclass
 class Batch:
     """Samples and their stacked inputs. An input that several samples share is stacked, and encoded, once.
 
-    Attributes:
+    No dataclass: Lightning would look into one, samples and all, for numbers to convert to the trainer's precision.
+
+    Args:
         inputs: (U, *shape) a modality, the distinct inputs.
         rows: (B,) a modality: which of them each sample has.
         labels: (B,) classes.
         bad: (id, reason) of the samples that were left out of this batch.
     """
 
-    samples: list[Sample]
-    inputs: dict[str, Tensor]
-    rows: dict[str, Tensor]
-    labels: Tensor
-    bad: list[tuple[str, str]] = field(default_factory=list)
+    def __init__(
+        self,
+        samples: list[Sample],
+        inputs: dict[str, Tensor],
+        rows: dict[str, Tensor],
+        labels: Tensor,
+        bad: Sequence[tuple[str, str]] = (),
+    ):
+        self.samples, self.inputs, self.rows, self.labels, self.bad = samples, inputs, rows, labels, list(bad)
 
     @classmethod
     def of(cls, samples: Sequence[Sample | BadSample]) -> Batch:
@@ -107,7 +112,8 @@ class Batch:
         def move(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             return {name: tensor.to(device, **kwargs) for name, tensor in tensors.items()}
 
-        return replace(self, inputs=move(self.inputs), rows=move(self.rows), labels=self.labels.to(device))
+        labels = self.labels.to(device, **kwargs)
+        return Batch(self.samples, move(self.inputs), move(self.rows), labels, self.bad)
 
 
 @dataclass(frozen=True, slots=True)

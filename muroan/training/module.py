@@ -15,7 +15,7 @@ from torchmetrics import MeanMetric
 
 from muroan.data.samples import Batch
 from muroan.errors import MuroanError
-from muroan.models.base import MultimodalModel, Prediction
+from muroan.models.base import MultimodalModel, Prediction, model_dtype
 
 
 class MultimodalModule(pl.LightningModule):
@@ -37,7 +37,9 @@ class MultimodalModule(pl.LightningModule):
         self.accuracy = MeanMetric()
 
     def forward(self, batch: Batch) -> Prediction:
-        return self.model(batch.inputs, batch.rows)
+        dtype = model_dtype(self.model)  # another one under precision=64-true, bf16-true or 16-true
+        inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in batch.inputs.items()}
+        return self.model(inputs, batch.rows)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         if len(batch) == 0:
