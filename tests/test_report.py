@@ -14,7 +14,7 @@ from muroan.errors import MuroanError
 from muroan.metrics import summarise
 from muroan.modalities import Audio, Image, Region, Removal, Text, WordTokenizer, removed_elements
 from muroan.report import build
-from muroan.report.examples import choose, draw
+from muroan.report.examples import choose, draw, draw_all
 from muroan.report.runs import compare
 from muroan.report.tables import figure
 from muroan.results import AttackResult, Count, RunFolder, read_records
@@ -406,6 +406,40 @@ class TestExamples:
     def test_twelve_of_one_run(self, tmp_path):
         write_run(tmp_path, "x", "m", "d", attack_records("x", pictured(0, 20), 0, clean=1.0, success=1.0))
         assert len(choose(find_runs([tmp_path]))) == 12
+
+    def changed(self) -> AttackResult:
+        """A record of an attack that changed a word and put one in, made the sound louder and left the picture."""
+        (_, media, _), *_ = spoken(0, 1)
+        before = {**media, "text": {"kind": "text", "grid": [3], "words": ["is", "it", "<b>"]}}
+        louder = {**media["audio"], "peaks": [[2 * low, 2 * high] for low, high in media["audio"]["peaks"]]}
+        after = {**before, "audio": louder, "text": {"kind": "text", "grid": [4], "words": ["is", "not", "it", "<i>"]}}
+        record = AttackResult("a", 0, "x", 0, 0, 1, "flipped", [], {"text": 2, "audio": 14000}, kind="perturbation")
+        record.total = {"image": 4096, "audio": 14000, "text": 3}
+        record.media, record.perturbed_media = before, after
+        return record
+
+    def test_what_a_perturbation_made_is_beside_what_was(self):
+        shown = dict(draw_all(self.changed()))
+        assert [len(shown[name]) for name in ("image", "audio", "text")] == [1, 2, 1]
+        assert shown["text"][0].words == [("is", ""), ("not", "ins"), ("it", ""), ("<b>", "del"), ("<i>", "ins")]
+        # One scale for both: the louder one fills the height, the other half of it.
+        reach = [
+            max(abs(50 - float(point.split()[1])) for point in re.split("[ML]", w.outline[:-2])[1:])
+            for w in shown["audio"]
+        ]
+        assert reach == pytest.approx([23, 46], abs=0.1)
+        removed = AttackResult("a", 0, "x", 0, 0, 1, "flipped", [("text", (2,), (3,))], media=self.changed().media)
+        (drawing,) = dict(draw_all(removed))["text"]
+        assert drawing.words == [("is", ""), ("it", ""), ("<b>", "del")]
+
+    def test_page_with_a_perturbation(self, tmp_path, no_curves):
+        write_run(tmp_path / "run", "louder", "m", "d", [self.changed()])
+        page = read(build([tmp_path / "run"], tmp_path / "out").parent)
+        assert page.classes.count("pair") == 1
+        assert page.classes.count("wave") == 2
+        assert page.text["figcaption"] == ["clean", "attacked"]
+        assert (page.text["del"], page.text["ins"]) == (["<b>"], ["not", "<i>"])
+        assert "100.0\u202f% of the audio" in "".join(page.text["p"])
 
     def test_boxes_and_stretches(self):
         (layouts, media, _), *_ = spoken(0, 1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
+from muroan.modalities import word_edits
 from muroan.results import AttackResult
 from muroan.runs import Run
 
@@ -44,9 +45,9 @@ class Wave:
 
 @dataclass(frozen=True)
 class Words:
-    """A text: its words, and whether each was removed."""
+    """A text: its words, each with `del` where it was removed, `ins` where it was put in, or nothing."""
 
-    words: list[tuple[str, bool]]
+    words: list[tuple[str, str]]
     kind: str = "text"
 
 
@@ -63,17 +64,43 @@ Drawing = Picture | Wave | Words | Other
 
 def draw(result: AttackResult, modality: str) -> Drawing:
     """One input of a sample that was kept for display, with what the attack removed of it."""
-    media = (result.media or {})[modality]
     removed = [(start, stop) for name, start, stop in result.regions if name == modality]
+    return _drawn((result.media or {})[modality], removed)
+
+
+def _drawn(media: dict[str, Any], removed: Sequence[Any] = (), beside: dict[str, Any] | None = None) -> Drawing:
     kind = media.get("kind")
     if kind == "image":
         return _picture(media, removed)
     if kind == "audio":
-        return _wave(media, removed)
+        return _wave(media, removed, [*media["peaks"], *(beside or media)["peaks"]])
     if kind == "text":
         gone = {i for (a,), (b,) in removed for i in range(a, b)}
-        return Words([(str(word), i in gone) for i, word in enumerate(media["words"])])
+        return Words([(str(word), "del" if i in gone else "") for i, word in enumerate(media["words"])])
     return Other([f"{list(start)} to {list(stop)}" for start, stop in removed])
+
+
+def draw_all(result: AttackResult) -> list[tuple[str, list[Drawing]]]:
+    """Every input of a sample that was kept for display, by modality: as it was with what was removed of it, and beside
+    it what a perturbation made of it, where that is another. A text is one drawing, with its changed words marked.
+    """
+    shown: list[tuple[str, list[Drawing]]] = []
+    for name, before in (result.media or {}).items():
+        after = (result.perturbed_media or {}).get(name, before)
+        if after == before:
+            shown.append((name, [draw(result, name)]))
+        elif before.get("kind") == "text":
+            edits = word_edits(before["words"], after["words"])
+            shown.append((name, [Words([pair for old, new in edits for pair in _edit(old, new)])]))
+        else:
+            shown.append((name, [_drawn(before, beside=after), _drawn(after, beside=before)]))
+    return shown
+
+
+def _edit(old: str | None, new: str | None) -> list[tuple[str, str]]:
+    if old == new:
+        return [(str(old), "")]
+    return [(word, mark) for word, mark in ((old, "del"), (new, "ins")) if word is not None]
 
 
 def _picture(media: dict[str, Any], removed: Sequence[Any]) -> Picture:
@@ -84,9 +111,10 @@ def _picture(media: dict[str, Any], removed: Sequence[Any]) -> Picture:
     return Picture(width, height, str(media["png"]), boxes, rings)
 
 
-def _wave(media: dict[str, Any], removed: Sequence[Any]) -> Wave:
+def _wave(media: dict[str, Any], removed: Sequence[Any], scale: Sequence[Sequence[float]]) -> Wave:
+    """The loudest peak of `scale` fills the height."""
     (length,), rate, peaks = media["grid"], media["rate"], media["peaks"]
-    loudest = max((abs(p) for pair in peaks for p in pair), default=0) or 1
+    loudest = max((abs(p) for pair in scale for p in pair), default=0) or 1
     step = 1000 / max(1, len(peaks))
 
     def point(i: int, peak: float) -> str:
@@ -125,7 +153,7 @@ def _buckets(runs: Sequence[Run], flipped: bool) -> list[list[tuple[Run, AttackR
         kinds: dict[tuple[str, ...], list[tuple[Run, AttackResult]]] = {}
         for r in run.records:
             if r.media and r.attacked and r.flipped is flipped:
-                kinds.setdefault(r.removal.modalities if flipped else (r.status,), []).append((run, r))
+                kinds.setdefault(tuple(sorted(r.removed)) if flipped else (r.status,), []).append((run, r))
         ordered = [kinds[kind] for kind in sorted(kinds)]
         cut = place % max(1, len(ordered))
         turns.append(ordered[cut:] + ordered[:cut])

@@ -99,7 +99,7 @@ def render(runs: Sequence[Run], comparisons: Sequence[Comparison], curve: bytes)
         histograms=histograms,
         ticks=ticks,
         examples=examples.choose(runs),
-        draw=examples.draw,
+        draw_all=examples.draw_all,
         ledger=mean_ledger,
     )
     return page.lstrip()
