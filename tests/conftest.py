@@ -27,6 +27,19 @@ def muroan(*arguments: object, cwd: Path, check: bool = True, **env: str) -> sub
     return done
 
 
+# Fixtures of a module that take long to make: the tests that use one run in one process.
+SHARED = ("undisturbed", "attacked")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Other tests go to whichever process is free: a process trains the session's model once, whatever it is given."""
+    for item in items:
+        for name in SHARED:
+            if name in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.xdist_group(name))
+
+
 # A model that learns in seconds: enough for attacks to have something to flip, not enough to be good.
 SMALL = ("dataset.train_limit=2500", "dataset.val_limit=64", "training.epochs=2", "training.lr=3e-3", "device=cpu")
 

@@ -15,9 +15,6 @@ from conftest import ROOT, SMALL, environment, muroan
 
 from muroan.results import AttackResult, read_records
 
-# All of these share the trained model, so that they share a worker.
-pytestmark = pytest.mark.xdist_group("cli")
-
 ATTACK = (*SMALL, "dataset.test_limit=40", "attack=random_removal", "attack.draws=30", "engine.keep_media=3")
 
 

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from conftest import ROOT, environment, muroan
 
 from muroan.results import read_records
@@ -21,7 +20,6 @@ def test_there_is_an_example_of_each_kind_under_thirty_lines() -> None:
     assert all(len(text.splitlines()) < 30 for text in EXAMPLES.values())
 
 
-@pytest.mark.xdist_group("cli")
 def test_your_own_model_dataset_and_attack(tmp_path: Path) -> None:
     for name, text in EXAMPLES.items():
         (tmp_path / name).write_text(text)
@@ -44,7 +42,6 @@ def test_your_own_model_dataset_and_attack(tmp_path: Path) -> None:
     assert any(r.attacked and r.queries == len(r.regions) for r in records)
 
 
-@pytest.mark.xdist_group("cli")
 def test_from_python(trained: Path, tmp_path: Path) -> None:
     (snippet,) = re.findall(r"```python\n(from pathlib.*?)```", README, re.DOTALL)
     (tmp_path / "outputs/demo").mkdir(parents=True)

@@ -492,7 +492,6 @@ def by_plain_forwards(run: Path, found: list[AttackResult]) -> list[tuple[int, i
     return labels
 
 
-@pytest.mark.xdist_group("cli")
 class TestCommand:
     def test_agrees_with_plain_forwards(self, attacked):
         done = muroan("transfer", "runs=[runs]", "device=cpu", "engine.batch_size=16", cwd=attacked)
