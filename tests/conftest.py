@@ -28,7 +28,7 @@ def muroan(*arguments: object, cwd: Path, check: bool = True, **env: str) -> sub
 
 
 # Fixtures of a module that take long to make: the tests that use one run in one process.
-SHARED = ("undisturbed", "attacked")
+SHARED = ("undisturbed", "attacked", "hardened")
 
 
 @pytest.hookimpl(tryfirst=True)

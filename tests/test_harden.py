@@ -15,8 +15,6 @@ from test_compare import rows_of
 
 from muroan.results import read_records
 
-pytestmark = pytest.mark.xdist_group("harden")
-
 HARDEN = (
     *SMALL,
     "hardening.epochs=2",

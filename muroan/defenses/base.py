@@ -105,11 +105,8 @@ class Defense(MultimodalModule):
 
     @staticmethod
     def batch_of(samples: Sequence[Sample], like: Batch) -> Batch:
-        """A batch of these samples, on the device and of the floating type of another."""
-        made = Batch.of(samples).to(like.labels.device)
-        for name, x in made.inputs.items():
-            made.inputs[name] = x.to(like.inputs[name].dtype)
-        return made
+        """A batch of these samples on the device of another."""
+        return Batch.of(samples).to(like.labels.device)
 
     @property
     def data(self) -> MultimodalData | None:

@@ -64,9 +64,9 @@ class EmbeddingAdversarialTraining(Defense):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         if len(batch) == 0:
             return None
-        model, labels = self.model, batch.labels
+        model, labels, inputs = self.model, batch.labels, self.inputs(batch)
         features = {
-            name: map_features(lambda t, r=batch.rows[name]: t[r], model.encode(name, batch.inputs[name]))
+            name: map_features(lambda t, r=batch.rows[name]: t[r], model.encode(name, inputs[name]))
             for name in model.modalities
         }
         clean = model.head(model.fuse(features))

@@ -37,9 +37,12 @@ class MultimodalModule(pl.LightningModule):
         self.accuracy = MeanMetric()
 
     def forward(self, batch: Batch) -> Prediction:
-        dtype = model_dtype(self.model)  # another one under precision=64-true, bf16-true or 16-true
-        inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in batch.inputs.items()}
-        return self.model(inputs, batch.rows)
+        return self.model(self.inputs(batch), batch.rows)
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """The distinct inputs of a batch in the model's type: another one under precision=64-true, bf16-true or 16-true."""
+        dtype = model_dtype(self.model)
+        return {name: x.to(dtype) if x.is_floating_point() else x for name, x in batch.inputs.items()}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         if len(batch) == 0:
