@@ -40,7 +40,7 @@ class MultimodalModule(pl.LightningModule):
         return self.model(self.inputs(batch), batch.rows)
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """The distinct inputs of a batch in the model's type: another one under precision=64-true, bf16-true or 16-true."""
+        """The distinct inputs of a batch in the model's type, which precision=64-true, bf16-true or 16-true changes."""
         dtype = model_dtype(self.model)
         return {name: x.to(dtype) if x.is_floating_point() else x for name, x in batch.inputs.items()}
 
