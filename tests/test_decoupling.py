@@ -160,6 +160,37 @@ def test_where_the_parts_lie_does_not_matter(name, seed):
     assert size(record) == TOYS[name][1]
 
 
+@pytest.mark.parametrize(("kept", "queries"), [(3, 400), (3, 500), (1, 400)])
+def test_of_a_large_flip_all_that_can_be_is_put_back(kept, queries):
+    """Flips when no row of blocks has more than so many left. They are put back in rounds, one or a few at a time."""
+    rows = [[pixels(y, x) for x in range(8)] for y in range(8)]
+
+    def condition(p: Present) -> Tensor:
+        return torch.stack([(p.share(*row) > 0).sum(1) <= kept for row in rows]).all(0)
+
+    model = flips_when(condition)
+    record = one(model, queries=queries)
+    assert_flips_and_is_one_minimal(model, record)
+    if kept == 3:
+        assert size(record) == 8 * 5 * 16
+
+
+def saturated() -> Blocks:
+    """Flips when a fifth of what all blocks weigh is left, or less; far from there the margin says little."""
+    cells = [pixels(y, x) for y, x in itertools.product(range(8), range(8))]
+    weights = torch.from_numpy(np.random.default_rng(0).uniform(0.5, 1.5, 64))
+    return margins(lambda p: torch.tanh((p.share(*cells) @ weights - 0.2 * weights.sum()) / 2))
+
+
+@pytest.mark.parametrize("patience", [1, 20, 60])
+def test_with_queries_to_spare_every_flip_is_one_minimal(patience):
+    """Even where the search gives up at once."""
+    model = saturated()
+    record = one(model, Decoupling(patience=patience), queries=None)
+    assert len(record.regions) > 10
+    assert_flips_and_is_one_minimal(model, record)
+
+
 @pytest.mark.parametrize("queries", [12, 30, 100, 500])
 def test_a_label_that_depends_on_nothing_holds(queries):
     record = one(flips_when(lambda p: p.gone(word(0)) & ~p.gone(word(0))), queries=queries)
