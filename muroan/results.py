@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, ClassVar, Generic, Literal, Protocol, TextIO, TypeVar
 
 from muroan.attacks.base import Kind
 from muroan.errors import MuroanError
@@ -83,6 +84,14 @@ class AttackResult:
     perturbed_media: dict[str, Any] | None = None
 
     @property
+    def key(self) -> tuple[str, str]:
+        return self.attack, self.id
+
+    @property
+    def order(self) -> tuple[str, int, str]:
+        return self.attack, self.index, self.id
+
+    @property
     def removal(self) -> Removal:
         return Removal.of(*(Region(name, tuple(start), tuple(stop)) for name, start, stop in self.regions))
 
@@ -147,42 +156,56 @@ def write_json(path: Path, content: Any) -> None:
     temporary.replace(path)
 
 
-def read_records(path: Path) -> list[AttackResult]:
-    """The records of a file; a last line that a kill cut short is left out.
+class Record(Protocol):
+    """What a run folder keeps, a line of JSON each.
 
-    Raises:
-        MuroanError: another line is not a record.
+    Attributes:
+        key: of two records with the same one, the first counts.
+        order: what they are sorted by.
     """
-    lines = path.read_bytes().split(b"\n")
-    records = []
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is empty or cut short
-        try:
-            records.append(AttackResult.from_json(line.decode()))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise MuroanError(
-                f"{path} line {number} is not an attack record ({error}): it was edited or written by another "
-                f"version; remove the file to attack these samples again"
-            ) from None
-    return records
+
+    @property
+    def key(self) -> tuple[Any, ...]: ...
+
+    @property
+    def order(self) -> tuple[Any, ...]: ...
+
+    def to_json(self) -> str: ...
 
 
-class RunFolder:
-    """The folder of one attack run.
+R = TypeVar("R", bound=Record)
 
-    Every process appends its records to a part file of its own; `finish` sorts all parts into `records.jsonl`.
+
+class RecordFolder(ABC, Generic[R]):
+    """The folder of one run.
+
+    Every process appends its records to a part file of its own; `finish` sorts all parts into one file.
     A run that is started again finds the records of its parts and goes on from there.
 
-    Files: `run.json` (identity, config, versions, class names), `records.part-<rank>.jsonl` while running,
-    `records.jsonl` when finished.
+    Files: `run.json` (identity, config, versions, class names), `<records>.part-<rank>.jsonl` while running,
+    `<records>.jsonl` when finished.
+
+    Attributes:
+        stem: what the files of records are called.
+        task, kind: the command and what a record is, for messages.
     """
+
+    stem: ClassVar[str]
+    task: ClassVar[str]
+    kind: ClassVar[str]
 
     def __init__(self, path: str | Path, rank: int = 0):
         self.path, self.rank = Path(path), rank
         self._part: TextIO | None = None
 
+    @staticmethod
+    @abstractmethod
+    def parse(line: str) -> R:
+        """The record of a line."""
+
     @property
     def records_file(self) -> Path:
-        return self.path / "records.jsonl"
+        return self.path / f"{self.stem}.jsonl"
 
     @property
     def finished(self) -> bool:
@@ -199,7 +222,7 @@ class RunFolder:
             return json.loads((self.path / "run.json").read_text())
         except FileNotFoundError:
             raise MuroanError(
-                f"{self.path} holds no attack run (no run.json): name a folder that `muroan attack` wrote"
+                f"{self.path} holds no {self.task} run (no run.json): name a folder that `muroan {self.task}` wrote"
             ) from None
         except ValueError as error:
             raise MuroanError(
@@ -233,19 +256,38 @@ class RunFolder:
             )
         write_json(self.path / "run.json", {**run, "fingerprint": fingerprint(run["identity"])})
 
-    def records(self) -> list[AttackResult]:
+    def records(self) -> list[R]:
         """All records so far, one a sample, sorted by the samples' order."""
         files = [self.records_file] if self.finished else []
-        files += sorted(self.path.glob("records.part-*.jsonl"))
-        found: dict[tuple[str, str], AttackResult] = {}
+        files += sorted(self.path.glob(f"{self.stem}.part-*.jsonl"))
+        found: dict[tuple[Any, ...], R] = {}
         for file in files:
-            for record in read_records(file):
-                found.setdefault((record.attack, record.id), record)
-        return sorted(found.values(), key=lambda r: (r.attack, r.index, r.id))
+            for record in self.read(file):
+                found.setdefault(record.key, record)
+        return sorted(found.values(), key=lambda r: r.order)
 
-    def append(self, result: AttackResult) -> None:
+    @classmethod
+    def read(cls, path: Path) -> list[R]:
+        """The records of a file; a last line that a kill cut short is left out.
+
+        Raises:
+            MuroanError: another line is not a record.
+        """
+        lines = path.read_bytes().split(b"\n")
+        records = []
+        for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is empty or cut short
+            try:
+                records.append(cls.parse(line.decode()))
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise MuroanError(
+                    f"{path} line {number} is not {cls.kind} ({error}): it was edited or written by another "
+                    f"version; remove the file to {cls.task} these samples again"
+                ) from None
+        return records
+
+    def append(self, result: R) -> None:
         if self._part is None:
-            self._part = _open_part(self.path / f"records.part-{self.rank}.jsonl")
+            self._part = _open_part(self.path / f"{self.stem}.part-{self.rank}.jsonl")
         self._part.write(result.to_json() + "\n")
         self._part.flush()
 
@@ -261,8 +303,8 @@ class RunFolder:
             self._part.close()
             self._part = None
 
-    def finish(self, **more: Any) -> list[AttackResult]:
-        """Sort the parts of all processes into `records.jsonl` and return the records; `run.json` gets `more`."""
+    def finish(self, **more: Any) -> list[R]:
+        """Sort the parts of all processes into one file and return the records; `run.json` gets `more`."""
         self.close()
         unreadable = dict(
             json.loads(line)
@@ -280,6 +322,18 @@ class RunFolder:
         return records
 
 
+class RunFolder(RecordFolder[AttackResult]):
+    """The folder of one attack run; see `RecordFolder`."""
+
+    stem, task, kind = "records", "attack", "an attack record"
+    parse = staticmethod(AttackResult.from_json)
+
+
+def read_records(path: Path) -> list[AttackResult]:
+    """The attack records of a file; see `RecordFolder.read`."""
+    return RunFolder.read(path)
+
+
 def _open_part(path: Path) -> TextIO:
     """Open a file to append lines; one that a kill cut short is dropped, or the next would be glued to it."""
     if path.exists():
@@ -287,7 +341,7 @@ def _open_part(path: Path) -> TextIO:
     return path.open("a")
 
 
-def write_records(path: Path, records: Iterable[AttackResult]) -> None:
+def write_records(path: Path, records: Iterable[Record]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text("".join(record.to_json() + "\n" for record in records))
     temporary.replace(path)

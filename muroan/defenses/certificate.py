@@ -14,10 +14,10 @@ most delta, and class A still wins if p_A - delta > p_B + delta for every other 
 
 *Deleted elements.* Where the attacker takes elements out of the input, as words are, n'_m <= n_m are left, e_m of them
 untouched. A set of untouched elements, drawn with chance 1 / prod C(n_m, k_m) before, is drawn with chance
-1 / prod C(n'_m, k_m) after, which is no less. So the two draws still have Q u_c in common: p'_c >= Q u_c >= p_c - delta,
-and 1 - p'_c >= Q (1 - u_c), so that p'_c <= Q u_c + delta <= p_c + delta. The same certificate holds. It holds while the
-same k_m is kept of n'_m: where k_m depends on the number of elements, `steady` says how far that is. An input that
-grew is not covered.
+1 / prod C(n'_m, k_m) after, which is no less. So the two draws still have Q u_c in common: p'_c >= Q u_c >=
+p_c - delta, and 1 - p'_c >= Q (1 - u_c), so that p'_c <= Q u_c + delta <= p_c + delta. The same certificate holds. It
+holds while the same k_m is kept of n'_m: where k_m depends on the number of elements, `steady` says how far that is.
+An input that grew is not covered.
 
 *Deleted only.* More is true of a modality whose elements the attacker can only delete. Write Q_d for the product over
 those modalities and Q_c for the others, Q = Q_d Q_c. Before the attack p_A - p_B <= Q (u_A - u_B) + 1 - Q; after it

@@ -1,9 +1,9 @@
 """MMCert (Wang et al., CVPR 2024, arXiv 2403.19080): train on, and vote over, inputs of which little is kept.
 
-Of each modality k random elements are kept, drawn independently of the other modalities: pixels or square patches of an
-image, samples or frames of a sound, tokens of a text. Lost pixels and sound become the modality's zero; kept tokens close
-ranks as after a deletion, and special tokens stay. A single lost element then matters little, and `certificate` says how
-little at most.
+Of each modality k random elements are kept, drawn independently of the other modalities: pixels or square patches of
+an image, samples or frames of a sound, tokens of a text. Lost pixels and sound become the modality's zero; kept tokens
+close ranks as after a deletion, and special tokens stay. A single altered element then matters little, and
+`certificate` says how little at most.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def choose(scores: Tensor, real: Tensor, k: Tensor) -> Tensor:
     """The k elements with the lowest scores: a random choice where the scores are random.
 
     Args:
-        scores: (..., P); real: (..., P) bool, which positions are elements; k: (...) of them to choose, or all if fewer.
+        scores: (..., P); real: (..., P) bool, which positions are elements; k: (...) how many to choose.
 
     Returns:
         (..., P) bool.
@@ -154,8 +154,8 @@ class Ablation:
         share = self.keep[name]
         if share is not None and not isinstance(share, float) and share > n:
             raise MuroanError(
-                f"mmcert keeps k={share} elements of {name}, but there are n={n}{where}: set defense.keep.{name} to {n} "
-                f"or less, or to a share such as 0.5"
+                f"mmcert keeps k={share} elements of {name}, but there are n={n}{where}: "
+                f"set defense.keep.{name} to {n} or less, or to a share such as 0.5"
             )
 
     def seeds(self, name: str, parts: Sequence[object], device: torch.device) -> Tensor:
@@ -250,7 +250,7 @@ class SmoothedModel(MultimodalModel):
     """A model that votes over ablations of its input. It can be attacked like any other.
 
     The masks are drawn once, from the seed: the same question has the same answer, wherever it stands in a batch. An
-    attacker can find out what they are, which fresh draws would not allow; what is certified is the vote over all masks.
+    attacker can find out what they are, which fresh draws would not allow; certified is the vote over all masks.
 
     Args:
         model: the base model.
@@ -290,8 +290,9 @@ class SmoothedModel(MultimodalModel):
         for start in range(0, self.votes, step):
             stop = min(self.votes, start + step)
             found, logits = self.model(self.ablations(inputs, start, stop))
-            ballots = F.one_hot(logits.argmax(1), self.num_classes) + logits.softmax(1) / 2
-            part = torch.cat([found, ballots.to(found.dtype)], 1).unflatten(0, (count, stop - start)).sum(1)
+            exact = torch.promote_types(logits.dtype, torch.float32)
+            ballots = F.one_hot(logits.argmax(1), self.num_classes) + logits.to(exact).softmax(1) / (2 * self.votes)
+            part = torch.cat([found.to(exact), ballots], 1).unflatten(0, (count, stop - start)).sum(1)
             embedding = part if embedding is None else embedding + part
         assert embedding is not None
         return embedding / self.votes
