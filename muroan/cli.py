@@ -1,4 +1,4 @@
-"""The command line, `muroan train | harden | attack | report | compare | transfer`. Nothing else imports Hydra.
+"""The command line, `muroan train | harden | attack | certify | report | …`. Nothing else imports Hydra.
 
 What takes seconds to import (torch, Lightning) is imported by the commands: help and unknown choices come at once.
 """
@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from muroan.errors import MuroanError
 
 if TYPE_CHECKING:
+    from muroan.certification import CertificateFolder
     from muroan.results import AttackResult, RunFolder
 
 log = logging.getLogger("muroan")
@@ -37,6 +38,7 @@ MUROAN, the MUltimodal RObustness ANalyzer: how few image regions, words or soun
   muroan attack  model=mmbt dataset=easy_vqa              attack it (attack=decoupling)
   muroan harden  model=mmbt defense=adversarial_training  retrain it under a defence
   muroan attack  model=mmbt defense=adversarial_training  attack the hardened model
+  muroan certify model=mmbt dataset=easy_vqa defense=mmcert   how much no attack can do to it
   muroan report  runs=[outputs/attack]                    tables, plots and an HTML page of all attack runs
   muroan compare runs=[outputs/attack]                    attacks side by side, tested in pairs; Markdown, LaTeX, CSV
   muroan defenses runs=[outputs/attack]                   did a defence help? defences by attacks, and a verdict
@@ -62,6 +64,7 @@ def main() -> None:
         "train": train,
         "harden": harden,
         "attack": attack,
+        "certify": certify,
         "report": report,
         "compare": compare,
         "defenses": defenses,
@@ -174,24 +177,31 @@ def plain(config: Any, resolve: bool = True) -> Any:
 
 
 def identity(config: DictConfig, command: str, resolve: bool = True) -> dict[str, Any]:
-    """The part of the configuration that decides what `train` or `harden` learns, or what `attack` records."""
+    """The part of the configuration that decides what `train` or `harden` learns, or what the others record."""
     own = {
         "train": ("training",),
         "harden": ("training", "defense", "hardening"),
         "attack": ("attack", "threat_model"),
+        "certify": (),
     }[command]
     keys = ("model", "dataset", "seed", *own)
     chosen = {key: plain(config[key], resolve) for key in keys}
-    split = ("train_limit", "val_limit") if command == "attack" else ("test_limit", "visible")
+    judging = command in ("attack", "certify")
+    split = ("train_limit", "val_limit") if judging else ("test_limit", "visible")
     chosen["dataset"] = {k: v for k, v in chosen["dataset"].items() if k not in (*LOADING, *split)}
     if command == "harden":
         chosen["start"] = config.checkpoint
         chosen["defense"] = {k: v for k, v in (chosen["defense"] or {}).items() if k != "folder"}
-    if command != "attack":
-        chosen["batch_size"] = config.dataset.batch_size
-    else:
+    if judging:
         chosen["precision"] = config.device.precision
+    else:
+        chosen["batch_size"] = config.dataset.batch_size
+    if command == "attack":
         chosen["keep_media"] = config.engine.keep_media
+    if command == "certify" or (command == "attack" and config.certification.smoothed):
+        options = ("votes",) if command == "attack" else ("samples", "selection", "alpha", "deleted")
+        chosen["defense"] = plain(config.get("defense"), resolve)
+        chosen["certification"] = {key: plain(config.certification[key], resolve) for key in options}
     return chosen
 
 
@@ -200,7 +210,7 @@ def cell(command: str, *, _root_: DictConfig) -> str:
     from muroan.results import fingerprint
 
     chosen = identity(_root_, command, resolve=False)
-    if command == "attack":
+    if command in ("attack", "certify"):
         trained = "harden" if _root_.defense else "train"
         chosen["trained"] = _root_.checkpoint or identity(_root_, trained, resolve=False)
     return fingerprint(chosen)[:6]
@@ -394,7 +404,7 @@ def find_checkpoint(config: DictConfig, model: Any, defense: Any = None) -> Path
         return trained
     if not defense and model.pretrained:
         return None
-    without = ["attack", "out", "threat_model", "engine"]
+    without = ["attack", "out", "threat_model", "engine", "certification"]
     without += [] if defense else ["defense", "hardening", "attack@defense", "attack@hardening"]
     command, state = ("harden", "hardened") if defense else ("train", "trained")
     words = [f"muroan {command}", *own_overrides(*without)]
@@ -417,6 +427,10 @@ def attack(config: DictConfig) -> None:
     if checkpoint is not None:
         load_weights(model, checkpoint)
     weights = weights_hash(model)
+    if config.certification.smoothed:
+        from muroan.defenses.mmcert import SmoothedModel
+
+        model = SmoothedModel(model, **ablation_options(config), votes=config.certification.votes, seed=config.seed)
     chosen = HydraConfig.get().runtime.choices
     run = {
         "identity": {**identity(config, "attack"), "weights": weights},
@@ -424,6 +438,7 @@ def attack(config: DictConfig) -> None:
         "model": chosen["model"],
         "dataset": chosen["dataset"],
         "defense": chosen["defense"] if config.defense else None,
+        "smoothed": bool(config.certification.smoothed),
         "training": training_summary(checkpoint),
         "modalities": list(model.modalities),
         "classes": list(data.classes),
@@ -464,6 +479,94 @@ def training_summary(checkpoint: Path | None) -> dict[str, Any] | None:
         return None
     summary = json.loads(file.read_text())
     return {key: summary[key] for key in ("accuracy", "best", "start", "control", "cost") if key in summary}
+
+
+def ablation_options(config: DictConfig) -> dict[str, Any]:
+    """What the chosen defence keeps, as options of `Ablation`.
+
+    Raises:
+        MuroanError: no defence is chosen, or one that keeps nothing.
+    """
+    defense = plain(config.get("defense")) or {}
+    if "keep" not in defense:
+        raise MuroanError("there is no vote to certify or attack without a defence that ablates: add defense=mmcert")
+    return {key: defense[key] for key in ("keep", "element") if key in defense}
+
+
+def certify(config: DictConfig) -> None:
+    """Certify the vote over ablations of a trained model; hold the certificates against attacks on it."""
+    import pytorch_lightning as pl
+
+    from muroan.certification import CertificateFolder, CertificationCallback
+    from muroan.defenses.mmcert import Ablation
+    from muroan.training.module import MultimodalModule, load_weights, weights_hash
+
+    folder = CertificateFolder(config.out)
+    data, model = build(config)
+    ablation = Ablation(model.modalities, **ablation_options(config))
+    checkpoint = find_checkpoint(config, model, config.defense)
+    if checkpoint is not None:
+        load_weights(model, checkpoint)
+    weights = weights_hash(model)
+    chosen = HydraConfig.get().runtime.choices
+    run = {
+        "identity": {**identity(config, "certify"), "weights": weights},
+        **{key: chosen[key] for key in ("model", "dataset", "defense")},
+        "seed": config.seed,
+        "checkpoint": {"path": None if checkpoint is None else str(checkpoint), "sha256": weights},
+        "config": plain(config),
+        "versions": versions(),
+    }
+    if config.rerun:
+        folder.clear()
+    if folder.finished and folder.matches(run):
+        log.info("already certified: %s (rerun=true certifies again)", folder.path)
+        finish_certify(config, folder)
+        return
+    keys = ("samples", "selection", "alpha", "deleted", "batch_size")
+    options = {key: plain(config.certification[key]) for key in keys}
+    callback = CertificationCallback(ablation, folder.path, run, seed=config.seed, **options)
+    trainer = pl.Trainer(**trainer_options(config), callbacks=[callback], logger=False, enable_progress_bar=False)
+    trainer.test(MultimodalModule(model), data, verbose=False)
+    if trainer.is_global_zero:
+        finish_certify(config, folder)
+
+
+def finish_certify(config: DictConfig, folder: CertificateFolder) -> None:
+    """Summarise certificates, count what attacks on the smoothed model broke, and draw both."""
+    from muroan.certification import broken, robust_accuracy, summarise
+    from muroan.report.plots import certified_curve
+    from muroan.results import write_json
+    from muroan.runs import find_runs
+
+    certificates = folder.records()
+    summary = summarise(certificates)
+    log.info(
+        "%d samples, certified accuracy %.1f %%, abstained on %d",
+        summary["samples"],
+        summary["accuracy"],
+        summary["abstained"],
+    )
+    for share, accuracy in summary["curve"]:
+        log.info("  below %.3f %% of the elements of every modality: %.1f %%", share, accuracy)
+    for name, size in summary["alone"].items():
+        log.info("  %s alone, median: %g elements, %.3f %%", name, size["elements"], size["percent"])
+    attacks = find_runs(map(Path, config.certification.attacked)) if config.certification.attacked else []
+    summary["attacks"] = {}
+    for run in attacks:
+        theirs, ours = run.about["identity"], folder.run["identity"]
+        if any(theirs.get(key) != ours[key] for key in ("weights", "defense")):
+            raise MuroanError(
+                f"certification.attacked: {run.folder} attacked another model or vote than was certified; attack it "
+                f"with certification.smoothed=true and the same checkpoint and defense"
+            )
+        found = broken(certificates, run.records)
+        everything = float(robust_accuracy(certificates, run.records, [1.0])[0])
+        summary["attacks"][run.label] = {"broken": [c.id for c, _ in found], "robust_accuracy": everything}
+        log.info("  %s: %d certificates broken, robust accuracy %.1f %%", run.label, len(found), everything)
+    write_json(folder.path / "summary.json", summary)
+    (folder.path / "certified.png").write_bytes(certified_curve(certificates, [(r.label, r.records) for r in attacks]))
+    log.info("certificates: %s", folder.records_file)
 
 
 def class_index(name: str, classes: Sequence[str]) -> int:

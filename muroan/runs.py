@@ -53,9 +53,10 @@ class Run:
 
     @property
     def model(self) -> str:
-        """The model's name, and what it was hardened by."""
-        defense = self.about.get("defense")
-        return f"{self.about['model']} + {defense}" if defense else str(self.about["model"])
+        """The model's name, what it was hardened by, and whether what was attacked is its vote over ablations."""
+        defense, smoothed = self.about.get("defense"), self.about.get("smoothed")
+        name = f"{self.about['model']} + {defense}" if defense else str(self.about["model"])
+        return f"{name}, smoothed" if smoothed else name
 
     @property
     def dataset(self) -> str:

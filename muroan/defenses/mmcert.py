@@ -112,6 +112,11 @@ class Ablation:
             if not isinstance(modality, Text):
                 self.check(name, math.prod(self.grid(name)))
 
+    @property
+    def texts(self) -> list[str]:
+        """The modalities whose elements are tokens."""
+        return [name for name, modality in self.modalities.items() if isinstance(modality, Text)]
+
     def grid(self, name: str) -> tuple[int, ...]:
         """The grid of positions at which elements may lie: of patches, of frames, of tokens."""
         modality = self.modalities[name]

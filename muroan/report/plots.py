@@ -14,9 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator
 
+from muroan.certification import Certificate, certified_accuracy, robust_accuracy
 from muroan.metrics import success_curve
 from muroan.modalities import stable_seed
 from muroan.report.runs import flip_queries, flip_sizes
+from muroan.results import AttackResult
 from muroan.runs import Run
 
 # After Okabe and Ito, who chose colours that people with any colour vision tell apart; the second row is for
@@ -222,6 +224,42 @@ def _success(axes: Axes, seeds: Sequence[np.ndarray], left: float, right: float,
     grid = np.geomspace(left, right, 300)
     axes.fill_between(grid, *success_band(seeds, grid), step="post", color=shade, alpha=0.14, linewidth=0)
     return line
+
+
+def certified_curve(
+    certificates: Sequence[Certificate], attacks: Sequence[tuple[str, Sequence[AttackResult]]], dark: bool = False
+) -> bytes:
+    """Certified accuracy beside the accuracy that attacks leave, against what the attacker may alter.
+
+    Args:
+        attacks: name and records of attacks on the smoothed model.
+        dark: for a dark page.
+
+    Returns:
+        A PNG; the same bytes for the same records.
+    """
+    paper, ink = PAPER[dark], INK[dark]
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
+    picture = Figure(figsize=(7.2, 4.4), dpi=200, facecolor=paper, layout=layout)
+    FigureCanvasAgg(picture)
+    axes = picture.add_subplot(facecolor=paper)
+    left = min(1 / max(2, *c.n.values()) for c in certificates) / 1.6  # before the first element
+    shares = np.geomspace(left, 1, 600)
+    curves = [("certified", certified_accuracy(certificates, shares))]
+    curves += [(f"left by {name}", robust_accuracy(certificates, records, shares)) for name, records in attacks]
+    for place, (name, accuracy) in enumerate(curves):
+        shade, dash = COLOURS[dark][colour(place)], DASHES[place % len(DASHES)]
+        axes.step(100 * shares, accuracy, where="post", color=shade, linestyle=dash, linewidth=1.9, label=name)
+    axes.fill_between(100 * shares, curves[0][1], step="post", color=COLOURS[dark][0], alpha=0.14, linewidth=0)
+    _dress(axes, 100 * left, 100, dark)
+    axes.set_xlabel("altered, % of the elements of every modality (log scale)", color=ink, fontsize=10.5, labelpad=8)
+    axes.set_ylabel("accuracy, % of all samples", color=ink, fontsize=10.5, labelpad=8)
+    legend = picture.legend(
+        loc="outside upper left", ncols=1, frameon=False, labelcolor=ink, fontsize=10, handlelength=2.6
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    return _png(picture)
 
 
 @dataclass(frozen=True)

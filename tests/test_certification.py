@@ -1,0 +1,323 @@
+"""Certificates: what they promise by hand, the votes against exact chances, the run that streams them, attacks on it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from conftest import SMALL, muroan
+from torch.utils.data import DataLoader
+from toys import Blocks, flips_when, stretch, threat, word
+
+from muroan.attacks.exhaustive import Exhaustive
+from muroan.certification import (
+    Certificate,
+    CertificateFolder,
+    CertificationCallback,
+    Certifier,
+    broken,
+    certified_accuracy,
+    robust_accuracy,
+    summarise,
+)
+from muroan.data.samples import Batch
+from muroan.defenses.mmcert import Ablation, SmoothedModel
+from muroan.engine import evaluate
+from muroan.errors import MuroanError
+from muroan.report.plots import certified_curve
+from muroan.results import AttackResult
+from muroan.training.module import MultimodalModule
+
+
+def certificate(index: int = 0, joint=(3, 1), alone=(5, 2), predicted: int | None = 0, **more) -> Certificate:
+    """Of 100 patches and 5 tokens in 3 words."""
+    named = [{} if predicted is None else dict(zip(("image", "text"), r, strict=True)) for r in (joint, alone)]
+    fields = {"side": {"image": 4}, "tokens": {"text": [1, 3, 1]}, **more}
+    return Certificate(
+        f"s{index}", index, 0, {"image": 100, "text": 5}, {"image": 9, "text": 2}, predicted, 0.9, 0.1, *named, **fields
+    )
+
+
+def attacked(index: int = 0, *regions, status="flipped", **more) -> AttackResult:
+    return AttackResult(f"s{index}", index, "x", 0, 0, 1, status, regions=list(regions), **more)
+
+
+class TestPromise:
+    def test_altered_elements_of_a_removal(self):
+        pixels = [("image", (3, 0), (5, 4)), ("image", (4, 3), (5, 4)), ("image", (8, 8), (16, 12))]
+        words = [("text", (1,), (3,)), ("text", (2,), (3,))]
+        # Rows 3 and 4 lie in two patches, the second region in one of these; the third covers two.
+        assert certificate().altered(attacked(0, *pixels, *words)) == {"image": 4, "text": 4}
+        assert certificate().altered(attacked(0, *words[1:])) == {"image": 0, "text": 1}
+
+    def test_altered_elements_of_chosen_values(self):
+        changed = attacked(removed={"image": 7}, kind="perturbation")
+        assert certificate().altered(changed) == {"image": 7, "text": 0}
+        assert certificate().altered(attacked(removed={"image": 7, "text": 1}, kind="perturbation")) is None
+
+    @pytest.mark.parametrize(
+        ("altered", "covered"),
+        [((3, 1), True), ((0, 0), True), ((4, 1), False), ((3, 2), False), ((5, 0), True), ((6, 0), False), ((0, 2), True)],
+    )  # fmt: skip
+    def test_covers(self, altered, covered):
+        sizes = dict(zip(("image", "text"), altered, strict=True))
+        assert certificate().covers(sizes) is covered
+        assert not certificate(predicted=None).covers(sizes)
+
+    def test_certified_accuracy_by_hand(self):
+        """The limits are (3 + 1)/100, 1/100 (wrong ones and abstentions have none), and 1/5 by its one token."""
+        found = [
+            certificate(0),
+            certificate(1, joint=(0, 0)),
+            certificate(2, predicted=1),
+            certificate(3, predicted=None),
+        ]
+        found.append(certificate(4, joint=(60, 0)))
+        assert [c.limit for c in found] == [0.04, 0.01, 0.0, 0.0, 0.2]
+        shares = [0, 0.009, 0.01, 0.039, 0.04, 0.19, 0.2]
+        assert certified_accuracy(found, shares).tolist() == [60, 60, 40, 40, 20, 20, 0]
+        summary = summarise(found)
+        assert (summary["samples"], summary["abstained"], summary["accuracy"]) == (5, 1, 60)
+        assert np.allclose(summary["curve"], [[1, 60], [4, 40], [20, 20]])
+        assert summary["alone"]["image"] == {"elements": 5.0, "percent": 5.0}
+
+    def test_robust_accuracy_by_hand(self):
+        found = [certificate(i) for i in range(4)]
+        records = [
+            attacked(0, ("image", (0, 0), (4, 8))),  # two patches: 2 %
+            attacked(1, ("text", (0,), (1,))),  # a token: 20 %
+            attacked(2, status="held"),
+            attacked(3, status="skipped"),
+            attacked(9),  # has no certificate
+        ]
+        assert robust_accuracy(found, records, [0, 0.019, 0.02, 0.19, 0.2, 1]).tolist() == [75, 75, 50, 50, 25, 25]
+        with pytest.raises(MuroanError, match="none of the 1 attacked samples has a certificate"):
+            robust_accuracy(found, records[4:], [0])
+
+    def test_broken_by_hand(self):
+        found = [certificate(0), certificate(1), certificate(2), certificate(3), certificate(4, predicted=None)]
+        within, beyond = ("image", (0, 0), (4, 8)), ("image", (0, 0), (8, 16))
+        records = [attacked(0, within), attacked(1, beyond), attacked(2, status="held"), attacked(4, within)]
+        assert [(c.id, r.id) for c, r in broken(found, records)] == [("s0", "s0")]
+        other = replace(records[0], clean_label=1, label=1)
+        assert broken(found, [other, *records[1:]]) == [], (
+            "the vote that was attacked said something else from the start"
+        )
+
+    def test_round_trip(self, tmp_path):
+        folder = CertificateFolder(tmp_path)
+        folder.start({"identity": {}})
+        for c in (certificate(1), certificate(0, predicted=None)):
+            folder.append(c)
+        assert folder.finish() == [certificate(0, predicted=None), certificate(1)]
+        (tmp_path / "certificates.jsonl").write_text("{}\n")
+        with pytest.raises(MuroanError, match=r"certificates.jsonl line 1 is not a certificate .* to certify"):
+            folder.records()
+
+    def test_the_figure(self):
+        records = [attacked(0, ("image", (0, 0), (4, 8))), attacked(1, status="held")]
+        both = certified_curve([certificate(0), certificate(1)], [("$x$ · mmbt", records)])
+        assert both[:4] == b"\x89PNG"
+        assert both == certified_curve([certificate(0), certificate(1)], [("$x$ · mmbt", records)])
+        assert both != certified_curve([certificate(0), certificate(1)], [])
+        assert certified_curve([certificate(0)], [], dark=True) != certified_curve([certificate(0)], [])
+
+
+KEEP = {"audio": 4, "text": 3}
+
+
+def toy() -> Blocks:
+    """Turns where it sees none of the first half of the sound, or not the first word."""
+    return flips_when(lambda seen: seen.gone(stretch(8, 0)) | seen.gone(word(0)), image=None, audio=16, words=4)
+
+
+def exact(model: Blocks) -> float:
+    """The chance that an ablation of everything leaves the label: a kept sample in the first half, and word 0 kept."""
+    sounds = list(itertools.combinations(range(16), KEEP["audio"]))
+    words = list(itertools.combinations(range(4), KEEP["text"]))
+    return sum(min(s) < 8 for s in sounds) / len(sounds) * sum(0 in w for w in words) / len(words)
+
+
+class TestCertifier:
+    def test_votes_are_as_frequent_as_they_should_be(self):
+        model = toy()
+        certifier = Certifier(model, Ablation(model.modalities, KEEP), samples=4000, selection=50, batch_size=512)
+        sample = model.sample()
+        first, second = certifier.votes(sample, sample.inputs)
+        assert (first.sum(), second.sum()) == (50, 4000)
+        chance = exact(model)
+        assert abs(second[0] / 4000 - chance) < 4 * (chance * (1 - chance) / 4000) ** 0.5
+        found = certifier.certify(sample)
+        assert found.lower < chance < 1 - found.upper + 1e-9
+        assert (found.n, found.k) == ({"audio": 16, "text": 4}, KEEP)
+        assert found.tokens == {"text": [1, 1, 1, 1]}
+        # Of 16 samples 4 are kept: delta(1) = 0.25; the gap of chances is about 0.47, and 2 delta is above it.
+        assert found.joint == {"audio": 0, "text": 0}
+
+    def test_deleted_words_are_certified_further(self):
+        model = flips_when(lambda seen: seen.gone(*map(word, range(4))), image=None, audio=16, words=4)
+        for deleted, certified in (((), 0), (("text",), 1)):
+            certifier = Certifier(model, Ablation(model.modalities, KEEP), samples=300, deleted=deleted)
+            assert certifier.certify(model.sample()).alone["text"] == certified
+
+    def test_the_draws_are_the_samples_own_in_any_batch(self):
+        model = toy()
+        ablation = Ablation(model.modalities, KEEP)
+        samples = [model.sample(f"s{i}") for i in range(2)]
+        votes = {
+            size: [Certifier(model, ablation, 90, 20, batch_size=size).votes(s, s.inputs).tolist() for s in samples]
+            for size in (1, 7, 256)
+        }
+        assert votes[1] == votes[7] == votes[256]
+        assert votes[1][0] != votes[1][1]
+        other = Certifier(model, ablation, 90, 20, seed=1)
+        assert other.votes(samples[0], samples[0].inputs).tolist() != votes[1][0]
+
+    def test_a_short_text_and_bad_answers_are_refused(self):
+        model = toy()
+        with pytest.raises(MuroanError, match="k=5 elements of text, but there are n=4 in sample 's0'"):
+            Certifier(model, Ablation(model.modalities, {"audio": 1, "text": 5})).certify(model.sample())
+        model.head = lambda embedding: torch.full((len(embedding), 2), float("nan"))
+        with pytest.raises(MuroanError, match="not finite for an ablation of sample 's0'"):
+            Certifier(model, Ablation(model.modalities, KEEP)).certify(model.sample())
+
+    @pytest.mark.parametrize(
+        ("option", "said"),
+        [
+            ({"samples": 0}, "certification.samples must be at least 1"),
+            ({"alpha": 1.0}, "certification.alpha must lie between 0 and 1"),
+            ({"deleted": ["audio"]}, r"deleted names 'audio': only of texts .* here of \['text'\]"),
+        ],
+    )
+    def test_options_are_checked(self, option, said):
+        model = toy()
+        with pytest.raises(MuroanError, match=said):
+            Certifier(model, Ablation(model.modalities, KEEP), **option)
+
+    def test_no_removal_at_all_breaks_a_certificate(self):
+        """Every removal of a small universe, asked of the vote; a certificate that lies is found out."""
+        model = flips_when(
+            lambda seen: seen.share(stretch(16, 0))[:, 0] < 0.12, image=None, audio=16, words=3, classes=2
+        )
+        keep = {"audio": 3, "text": 2}
+        sample = model.sample()
+        found = Certifier(model, Ablation(model.modalities, keep), samples=500, deleted=["text"]).certify(sample)
+        assert found.alone["audio"] >= 1
+        assert found.alone["text"] == 1
+        smoothed = SmoothedModel(model, keep, votes=60).eval()
+        records = evaluate(smoothed, [sample], Exhaustive(), threat_model=threat(None, audio=2))
+        assert records[0].flipped
+        assert broken([found], records) == []
+        liar = replace(found, joint=found.n)
+        assert len(broken([liar], records)) == 1
+
+
+class Interrupted(Exception):
+    pass
+
+
+def run_certification(folder: Path, stop_after: int | None = None, **more) -> list[Certificate]:
+    model = toy()
+
+    class Loader(pl.LightningDataModule):
+        def test_dataloader(self):
+            samples = [model.sample(f"s{i}", i) for i in range(6)]
+            return DataLoader([Batch.of(samples[:4]), Batch.of(samples[4:])], batch_size=None)
+
+    callback = CertificationCallback(
+        Ablation(model.modalities, KEEP), folder, {"identity": {"seed": 0, **more}}, progress=False, samples=60, **more
+    )
+    if stop_after is not None:
+        certify, left = Certifier.certify, iter(range(stop_after))
+
+        def limited(self, *arguments):
+            if next(left, None) is None:
+                raise Interrupted
+            return certify(self, *arguments)
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+            patch.setattr(Certifier, "certify", limited)
+            trainer(folder, callback).test(MultimodalModule(model), Loader(), verbose=False)
+        return []
+    trainer(folder, callback).test(MultimodalModule(model), Loader(), verbose=False)
+    return callback.records
+
+
+def trainer(folder: Path, callback: CertificationCallback) -> pl.Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return pl.Trainer(accelerator="cpu", callbacks=[callback], default_root_dir=folder, **quiet)
+
+
+class TestRun:
+    def test_a_killed_run_goes_on(self, tmp_path):
+        whole = run_certification(tmp_path / "whole")
+        assert [c.id for c in whole] == [f"s{i}" for i in range(6)]
+        run_certification(tmp_path / "killed", stop_after=5)
+        part = tmp_path / "killed" / "certificates.part-0.jsonl"
+        assert len(part.read_text().splitlines()) == 5
+        part.write_bytes(part.read_bytes()[:-9])
+        assert run_certification(tmp_path / "killed") == whole
+        files = [(tmp_path / name / "certificates.jsonl").read_bytes() for name in ("whole", "killed")]
+        assert files[0] == files[1]
+        assert not part.exists()
+
+    def test_another_configuration_is_refused(self, tmp_path):
+        run_certification(tmp_path)
+        with pytest.raises(MuroanError, match="seed: 0 there, 1 asked for"):
+            run_certification(tmp_path, seed=1)
+
+    def test_a_module_without_a_model(self, tmp_path):
+        callback = CertificationCallback(Ablation({}, {}), tmp_path, {"identity": {}})
+        with pytest.raises(MuroanError, match="needs a LightningModule with a MultimodalModel"):
+            callback.on_test_start(None, pl.LightningModule())  # type: ignore[arg-type]
+
+
+@pytest.mark.xdist_group("cli")
+class TestCommand:
+    """The real command on a trained model, on one and on two processes; and the attack on the vote."""
+
+    KEEP = ("defense=mmcert", "defense.keep.image=0.3", "defense.keep.text=null", "defense.element.image=8")
+    FEW = (*SMALL, "dataset.test_limit=10", *KEEP, "certification.samples=40", "certification.selection=10")
+
+    @pytest.fixture(scope="class")
+    def certified(self, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+        folder = tmp_path_factory.mktemp("certified")
+        muroan("certify", *self.FEW, f"folders.train={trained}", f"out={folder / 'run'}", cwd=folder)
+        yield folder
+
+    def test_certificates_attack_and_figure(self, certified: Path, trained: Path):
+        options = (*self.FEW, f"folders.train={trained}", "tracker=none")
+        votes = ("certification.smoothed=true", "certification.votes=12", "attack=random_removal")
+        muroan("attack", *options, *votes, f"out={certified / 'attack'}", cwd=certified)
+        held = (f"out={certified / 'run'}", f"certification.attacked=[{certified / 'attack'}]")
+        told = muroan("certify", *options, *held, cwd=certified)
+        assert "already certified" in told.stderr + told.stdout
+        assert re.search(r"random_removal · mmbt, smoothed: 0 certificates broken", told.stderr + told.stdout)
+        summary = json.loads((certified / "run" / "summary.json").read_text())
+        assert summary["samples"] == 10
+        assert [attack["broken"] for attack in summary["attacks"].values()] == [[]]
+        assert (certified / "run" / "certified.png").stat().st_size > 10_000
+        plain = ("certification.smoothed=false", "attack=random_removal", f"out={certified / 'plain'}")
+        muroan("attack", *options, *plain, cwd=certified)
+        other = (f"out={certified / 'run'}", f"certification.attacked=[{certified / 'plain'}]")
+        refused = muroan("certify", *options, *other, cwd=certified, check=False)
+        assert "attacked another model or vote than was certified" in " ".join(refused.stderr.split())
+
+    def test_two_processes_say_the_same(self, certified: Path, trained: Path):
+        options = (*self.FEW, f"folders.train={trained}", f"out={certified / 'two'}", "device=ddp_cpu")
+        muroan("certify", *options, cwd=certified)
+        one, two = (CertificateFolder(certified / name).records() for name in ("run", "two"))
+        assert [replace(c, lower=0, upper=0) for c in one] == [replace(c, lower=0, upper=0) for c in two]
+
+    def test_without_a_defence(self, trained: Path, tmp_path: Path):
+        done = muroan("certify", *SMALL, f"folders.train={trained}", cwd=tmp_path, check=False)
+        assert "add defense=mmcert" in done.stderr
+        assert "Traceback" not in done.stderr
