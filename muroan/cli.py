@@ -555,7 +555,7 @@ def finish_certify(config: DictConfig, folder: CertificateFolder) -> None:
     summary["attacks"] = {}
     for run in attacks:
         theirs, ours = run.about["identity"], folder.run["identity"]
-        if any(theirs.get(key) != ours[key] for key in ("weights", "defense")):
+        if "certification" not in theirs or any(theirs.get(key) != ours[key] for key in ("weights", "defense")):
             raise MuroanError(
                 f"certification.attacked: {run.folder} attacked another model or vote than was certified; attack it "
                 f"with certification.smoothed=true and the same checkpoint and defense"

@@ -299,6 +299,16 @@ class TestTraining:
         assert torch.equal(module.ablated(batch, range(10))["text"], seen["text"])
         assert not torch.equal(module.ablated(batch, range(10, 20))["audio"], seen["audio"])
 
+    def test_every_epoch_has_other_ablations(self, monkeypatch):
+        module = MMCert(Sums(), {"audio": 5, "text": 2})
+        batch = batches(module.model)[0]
+        losses = []
+        for epoch in (0, 1, 0):
+            monkeypatch.setattr(MMCert, "current_epoch", epoch)
+            monkeypatch.setattr(module, "log", lambda *_, **__: None)
+            losses.append(module.training_step(batch, 0).item())
+        assert losses[0] == losses[2] != losses[1]
+
     def test_everything_kept_is_the_input(self):
         module = MMCert(Sums(), {"audio": None, "text": 1.0})
         batch = batches(module.model)[0]

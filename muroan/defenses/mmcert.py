@@ -223,8 +223,9 @@ class MMCert(MultimodalModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         if len(batch) == 0:
             return None  # every sample of the batch was unreadable
-        seeds = torch.randint(2**62, (len(batch),))  # Lightning has seeded these
-        loss = F.cross_entropy(self.model(self.ablated(batch, seeds.tolist())).logits, batch.labels)
+        # Anew in every epoch, and the same for a run that was resumed or shared out.
+        parts = [f"{self.current_epoch} {sample.id}" for sample in batch.samples]
+        loss = F.cross_entropy(self.model(self.ablated(batch, parts)).logits, batch.labels)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         return loss
 
