@@ -298,7 +298,7 @@ def harden(config: DictConfig) -> None:
     module = defense(model=model, threat_model=threat_model, seed=config.seed, **optimisation(options))
     callbacks: list[Callback] = []
     monitor = "val/accuracy"
-    if options.samples:
+    if options.samples and not module.voting:
         monitor = "val/robust_accuracy"
         judge = instantiate(options.attack)
         callbacks.append(RobustValidation(judge, options.samples, threat_model, config.engine.batch_size, config.seed))

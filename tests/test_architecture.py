@@ -13,7 +13,7 @@ from conftest import ROOT
 
 # docs/architecture.md: a module imports only from those before it.
 ORDER = ["errors", "modalities", "data", "models", "attacks", "results", "engine", "metrics", "callbacks", "training"]
-ORDER += ["defenses", "runs", "transfer", "report", "cli"]
+ORDER += ["defenses", "certification", "runs", "transfer", "report", "cli"]
 FILES = sorted((ROOT / "muroan").rglob("*.py"))
 
 

@@ -59,6 +59,7 @@ class Defense(MultimodalModule):
 
     Attributes:
         control: whether it is a cheap control, without which no claim about a defence stands.
+        voting: whether it trains the base of a vote, which is not to be judged by attacks on it alone.
         cost: what the training took in this process so far.
 
     Raises:
@@ -66,6 +67,7 @@ class Defense(MultimodalModule):
     """
 
     control = False
+    voting = False
 
     def __init__(
         self,

@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from muroan.attacks.base import ThreatModel
 from muroan.data.samples import Batch
+from muroan.defenses.base import Defense
 from muroan.errors import MuroanError
 from muroan.modalities import Audio, Image, Modality, Text, delete_positions, stable_seed
 from muroan.models.base import Features, MultimodalModel
-from muroan.training.module import MultimodalModule
 
 GOLDEN, MIX = 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
@@ -200,31 +201,35 @@ class Ablation:
         return (x[:, None] * mask).flatten(0, 1)
 
 
-class MMCert(MultimodalModule):
+class MMCert(Defense):
     """Trains on ablated inputs: the base model of MMCert.
 
     Validation and test judge it on one ablation of each sample, always the same, since that is what it is made for.
 
     Args:
         keep, element: see `Ablation`.
-        options: of `MultimodalModule`.
+        threat_model, seed, training: see `Defense`.
     """
+
+    voting = True
 
     def __init__(
         self,
         model: MultimodalModel,
         keep: Mapping[str, float | None],
         element: Mapping[str, int] | None = None,
-        **options: Any,
+        threat_model: ThreatModel | None = None,
+        seed: int = 0,
+        **training: Any,
     ):
-        super().__init__(model, **options)
+        super().__init__(model, 1.0, threat_model, seed, **training)
         self.ablation = Ablation(model.modalities, keep, element)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         if len(batch) == 0:
             return None  # every sample of the batch was unreadable
         # Anew in every epoch, and the same for a run that was resumed or shared out.
-        parts = [f"{self.current_epoch} {sample.id}" for sample in batch.samples]
+        parts = [f"{self.seed} {self.current_epoch} {sample.id}" for sample in batch.samples]
         loss = F.cross_entropy(self.model(self.ablated(batch, parts)).logits, batch.labels)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         return loss
