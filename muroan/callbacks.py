@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from muroan.metrics import AttackSuccessRate, CleanAccuracy, DecoupledFraction, 
 from muroan.models.base import MultimodalModel
 from muroan.results import AttackResult, RunFolder
 
+RUNNING_POINTS = 100  # how often the figures so far are logged in a run
 DONORS = 64  # validation samples that an attack may take parts from
 
 
@@ -93,6 +95,8 @@ class AttackCallback(pl.Callback):
         progress: show a progress bar (in the first process).
 
     After the test, `records` holds all records (in the first process), and the metrics are logged as `attack/...`.
+    Until then the means so far, over the first process's own samples, are logged as `running/...`, some hundred times
+    a run; their step is the number of samples.
     """
 
     def __init__(
@@ -150,7 +154,8 @@ class AttackCallback(pl.Callback):
         total = sum(len(loader.sampler) for loader in (loaders if isinstance(loaders, list) else [loaders]))
         quiet = not (self.progress and trainer.is_global_zero)
         self._bar = tqdm(total=total, desc=self.attack.name, unit="sample", disable=quiet, dynamic_ncols=True)
-        self._flipped = self._attacked = 0
+        self._sums: Counter[str] = Counter()
+        self._stride = max(1, total // RUNNING_POINTS)
 
     def on_test_batch_end(
         self,
@@ -164,11 +169,11 @@ class AttackCallback(pl.Callback):
         self._folder.append_unreadable(batch.bad)
         self._bar.update(len(batch.bad))
         known = [self._done[s.id] for s in batch.samples if s.id in self._done]
-        self._take(known, store=False)
-        self._take(self.engine.push(s for s in batch.samples if s.id not in self._done))
+        self._take(trainer, known, store=False)
+        self._take(trainer, self.engine.push(s for s in batch.samples if s.id not in self._done))
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._take(self.engine.drain())
+        self._take(trainer, self.engine.drain())
         self._bar.close()
         self._folder.close()
         for name, metric in self.metrics.items():
@@ -186,7 +191,7 @@ class AttackCallback(pl.Callback):
             self._bar.close()
             self._folder.close()
 
-    def _take(self, results: Iterable[AttackResult], store: bool = True) -> None:
+    def _take(self, trainer: pl.Trainer, results: Iterable[AttackResult], store: bool = True) -> None:
         for r in results:
             if store:
                 self._folder.append(r)
@@ -201,6 +206,22 @@ class AttackCallback(pl.Callback):
             fraction = torch.tensor([r.decoupled_fraction], device=device, dtype=torch.float64)
             self.metrics["decoupled_fraction"].update(fraction, flipped)
             self.metrics["queries"].update(torch.tensor([r.queries], device=device), attacked)
-            self._flipped, self._attacked = self._flipped + r.flipped, self._attacked + r.attacked
-            self._bar.set_postfix_str(f"success {100 * self._flipped / max(1, self._attacked):.1f} %", refresh=False)
+            running = self._count(r)
+            self._bar.set_postfix_str(f"success {running['attack_success_rate']:.1f} %", refresh=False)
             self._bar.update()
+            if self._sums["samples"] % self._stride == 0:
+                for logger in trainer.loggers:
+                    logger.log_metrics({f"running/{k}": v for k, v in running.items()}, step=self._sums["samples"])
+
+    def _count(self, r: AttackResult) -> dict[str, float]:
+        """Means over the samples of this process so far: torchmetrics would wait for the other processes."""
+        sums = self._sums
+        sums.update(samples=1, attacked=r.attacked, flipped=r.flipped, queries=r.queries if r.attacked else 0)
+        sums.update(right=r.clean_label == r.label, robust=r.clean_label == r.label == r.adversarial_label)
+        attacked = max(1, sums["attacked"])
+        return {
+            "clean_accuracy": 100 * sums["right"] / sums["samples"],
+            "robust_accuracy": 100 * sums["robust"] / sums["samples"],
+            "attack_success_rate": 100 * sums["flipped"] / attacked,
+            "queries": sums["queries"] / attacked,
+        }

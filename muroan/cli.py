@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -52,7 +54,12 @@ Every command takes Hydra overrides, and -m to sweep over several values of them
   muroan attack --cfg job                                 print the whole configuration and stop
 """
 
+# Our files of hydra/launcher name all that they need; that a plugin has a schema of the same name is all right.
+warnings.filterwarnings("ignore", r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
+
 INTERRUPTED = "interrupted; the same command goes on from here"
+
+GPU_LOCKS: list[TextIO] = []  # of `own_gpu`: a lock lasts as long as its file is open
 
 # Options that do not change what a record says: they are no part of a run's identity.
 LOADING = ("num_workers", "batch_size", "test_batch_size", "root", "skip_bad", "obtain")
@@ -77,12 +84,13 @@ def main() -> None:
     command = arguments[0]
     if command not in commands:
         sys.exit(f"muroan: unknown command {command!r}: choose one of {', '.join(commands)}; `muroan --help` explains")
-    sys.path.append(os.getcwd())  # where a user's own model, dataset or attack lies
     trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises to us what it would print with forty frames
     # Hydra's parser wants all overrides side by side, wherever the user put -m.
     overrides = [a for a in arguments[1:] if a[0] != "-" and ("=" in a or a[0] == "~")]
     flags = [a for a in arguments[1:] if a not in overrides]
+    if {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments):
+        overrides.insert(0, f"sweep={sweep_name(command, overrides)}")
     sys.argv = [sys.argv[0], *flags, f"command={command}", *overrides]
 
     def job(config: DictConfig) -> None:
@@ -95,33 +103,64 @@ def main() -> None:
             sys.exit(f"muroan {command}: {INTERRUPTED}")
         raise
     except Exception as error:
+        if problem := launcher_problem(error):
+            sys.exit(f"muroan {command}: {problem}")
         told = (MuroanError, HydraException, OmegaConfBaseException)
         if trace or not (isinstance(error, told) or type(error).__name__ == "MisconfigurationException"):
             raise
-        # What a constructor refuses comes wrapped by Hydra.
-        cause = error.__cause__ if isinstance(error.__cause__, MuroanError) else error
-        message = str(cause).split("Config search path:")[0].strip()  # the rest is of use to Hydra's authors
+        message = str(error).split("Config search path:")[0].strip()  # the rest is of use to Hydra's authors
         sys.exit(f"muroan {command}: {message}")
     except KeyboardInterrupt:
         sys.exit(f"muroan {command}: {INTERRUPTED}")
 
 
 def run_job(function: Callable[[DictConfig], None], command: str, config: DictConfig) -> None:
-    """One job of a sweep, or the only one, with its surroundings put back as they were afterwards."""
+    """One job of a sweep, or the only one, with its surroundings put back as they were afterwards.
+
+    Launchers run it in processes of their own, which have imported this module and done nothing else.
+    """
     argv, environment = sys.argv, dict(os.environ)
-    # Lightning starts its further processes with our arguments: give it those of this one job.
+    # Lightning starts its further processes as our main module with our arguments: give it those of this one job.
     sys.argv = [argv[0], command, *own_overrides("out"), f"out={config.out}"]
+    sys.modules["__main__"].__spec__ = __spec__
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where a user's own model, dataset or attack lies
     quiet_lightning()
+    failed = True
     try:
         function(config)
+        failed = False
+    except (HydraException, OmegaConfBaseException) as error:
+        # What a constructor or a resolver refuses comes wrapped; on its way between processes the wrapped is lost.
+        inner = error.__cause__ or error.__context__
+        raise (inner if isinstance(inner, MuroanError) else error) from None
     finally:
         sys.argv = argv
         leave_process_group()
+        close_trackers(failed)
         # What Lightning leaves behind would make the next job of the sweep believe that it is a further process.
-        for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "WANDB_DATA_DIR"):
             if name not in environment:
                 os.environ.pop(name, None)
-        close_trackers()
+
+
+def launcher_problem(error: Exception) -> str | None:
+    """What a launcher lacks, in a line; None for any other error."""
+    plugin = re.match(r"Unknown plugin class : 'hydra_plugins\.hydra_(\w+)_launcher\.", str(error))
+    if plugin:
+        return f"this launcher is not installed: pip install 'muroan[{plugin[1]}]'"
+    if str(error).startswith('Could not detect "srun"'):
+        return "there is no SLURM here (no srun): hydra/launcher=submitit_local tries a sweep out"
+    return None
+
+
+def sweep_name(command: str, overrides: Sequence[str]) -> str:
+    """A name for a sweep: the same when it is started again, be it on another launcher, device or tracker."""
+    from muroan.results import fingerprint
+
+    means = ("hydra", "device", "tracker", "rerun")
+    own = sorted(o for o in overrides if re.split(r"[=./@]", o.lstrip("+~"))[0] not in means)
+    return f"{command}-{fingerprint({'overrides': own})[:6]}"
 
 
 def leave_process_group() -> None:
@@ -159,8 +198,9 @@ def config_folder() -> Path:
 
 def choices() -> str:
     """The groups and what can be chosen in each, as help."""
-    groups = sorted(f.name for f in config_folder().iterdir() if f.is_dir())
-    return "\n".join(["\nChoices:", *(f"  {group:<12}{' '.join(of(group))}" for group in groups)])
+    folder = config_folder()
+    groups = sorted(f.relative_to(folder).as_posix() for f in [*folder.iterdir(), folder / "hydra/launcher"])
+    return "\n".join(["\nChoices:", *(f"  {group:<16}{' '.join(of(group))}" for group in groups if of(group))])
 
 
 def of(group: str) -> list[str]:
@@ -216,7 +256,40 @@ def cell(command: str, *, _root_: DictConfig) -> str:
     return fingerprint(chosen)[:6]
 
 
+@cache
+def own_gpu() -> int:
+    """The number of a GPU that no other process of this user has got here; it is ours until this process ends.
+
+    Raises:
+        MuroanError: there is none left.
+    """
+    import fcntl
+    import tempfile
+
+    import torch
+
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    for index in range(count):
+        name = visible[index] if index < len(visible) and visible[index] else index
+        lock = open(Path(tempfile.gettempdir()) / f"muroan-{os.getuid()}-gpu-{name}", "w")  # noqa: SIM115
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            continue
+        GPU_LOCKS.append(lock)
+        return index
+    raise MuroanError(
+        f"device=own_gpu: other jobs have all {count} GPUs of this machine: run at most {count} at once "
+        f"(hydra.launcher.n_jobs={count})"
+        if count
+        else "device=own_gpu: there is no GPU here: choose device=cpu"
+    )
+
+
 OmegaConf.register_new_resolver("cell", cell, replace=True)
+OmegaConf.register_new_resolver("own_gpu", own_gpu, replace=True)
 OmegaConf.register_new_resolver("absolute", os.path.abspath, replace=True)
 OmegaConf.register_new_resolver("muroan_help", lambda: HELP + choices(), replace=True)
 
@@ -242,14 +315,41 @@ def build(config: DictConfig) -> tuple[Any, Any]:
 
 
 def tracker(config: DictConfig) -> Any:
-    return instantiate(config.tracker) if config.tracker else False
+    """The logger of the job, False for none. What it cannot log after its start, it warns of: records come first."""
+    if not config.tracker:
+        return False
+    from muroan.report.tracked import forgiving
+
+    logger = instantiate(config.tracker)
+    logger.log_metrics = forgiving(logger.log_metrics)
+    return logger
 
 
-def close_trackers() -> None:
+def begin_tracking(logger: Any, config: DictConfig) -> None:
+    """Log the configuration.
+
+    Raises:
+        MuroanError: Weights & Biases refuses, and there is nothing to lose yet.
+    """
+    if not logger:
+        return
+    from wandb.errors import Error
+
+    try:
+        logger.log_hyperparams(plain(config))
+    except Error as error:
+        reason = str(error).strip().splitlines()[0]
+        raise MuroanError(
+            f"tracker=wandb cannot start a run ({reason}): `wandb login` first, or set WANDB_MODE=offline, "
+            f"or choose another tracker"
+        ) from None
+
+
+def close_trackers(failed: bool = False) -> None:
     """Finish the Weights & Biases run of this job, so that the next job of a sweep gets one of its own."""
     wandb = sys.modules.get("wandb")
     if wandb is not None and getattr(wandb, "run", None) is not None:
-        wandb.finish()
+        wandb.finish(exit_code=int(failed))
 
 
 def trainer_options(config: DictConfig) -> dict[str, Any]:
@@ -346,6 +446,7 @@ def fit(
     from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 
     from muroan.defenses.base import Defense
+    from muroan.report.tracked import log_model
     from muroan.results import write_json
     from muroan.training.module import load_weights, weights_hash
 
@@ -363,8 +464,7 @@ def fit(
         num_sanity_val_steps=0,
         log_every_n_steps=20,
     )
-    if logger:
-        logger.log_hyperparams(plain(config))
+    begin_tracking(logger, config)
     last = out / "last.ckpt"
     trainer.fit(module, data, ckpt_path=last if last.exists() and not config.rerun else None)
     cost = module.total_cost() if isinstance(module, Defense) else None
@@ -385,6 +485,7 @@ def fit(
         summary["best"] = {"monitor": monitor, "value": best}
         summary |= {"cost": asdict(cost), "start": None if start is None else str(start)}
     write_json(out / "summary.json", summary)
+    log_model(logger, out / "best.ckpt", summary)
     log.info("test accuracy %.1f %%, checkpoint %s", metrics["test/accuracy"], out / "best.ckpt")
 
 
@@ -404,7 +505,7 @@ def find_checkpoint(config: DictConfig, model: Any, defense: Any = None) -> Path
         return trained
     if not defense and model.pretrained:
         return None
-    without = ["attack", "out", "threat_model", "engine", "certification"]
+    without = ["attack", "out", "threat_model", "engine", "certification", "sweep"]
     without += [] if defense else ["defense", "hardening", "attack@defense", "attack@hardening"]
     command, state = ("harden", "hardened") if defense else ("train", "trained")
     words = [f"muroan {command}", *own_overrides(*without)]
@@ -465,8 +566,7 @@ def attack(config: DictConfig) -> None:
     )
     logger = tracker(config)
     trainer = pl.Trainer(**trainer_options(config), callbacks=[callback], logger=logger, enable_progress_bar=False)
-    if logger:
-        logger.log_hyperparams(plain(config))
+    begin_tracking(logger, config)
     trainer.test(MultimodalModule(model), data, verbose=False)
     if trainer.is_global_zero:
         finish_attack(folder, callback.records, data.classes, logger)
@@ -582,19 +682,14 @@ def class_index(name: str, classes: Sequence[str]) -> int:
 
 
 def finish_attack(folder: RunFolder, records: Sequence[AttackResult], classes: Sequence[str], logger: Any) -> None:
-    """Summarise a finished run, show the figures, and hand examples to the tracker."""
-    from pytorch_lightning.loggers import WandbLogger
-
+    """Summarise a finished run, show the figures, and hand all that to the tracker."""
     from muroan.metrics import summarise
+    from muroan.report.tracked import log_attack
     from muroan.results import write_json
 
     summary = summarise(records)
     write_json(folder.path / "summary.json", summary)
-    if isinstance(logger, WandbLogger):
-        from muroan.report.tracked import examples_table
-
-        logger.experiment.log({"examples": examples_table(records, classes)})
-        logger.experiment.summary.update({f"summary/{k}": v["value"] for k, v in summary.items()})
+    log_attack(logger, folder, records, classes, summary)
     log.info("%s", headline(summary, len(records)))
     log.info("records: %s", folder.records_file)
 
@@ -670,4 +765,7 @@ def transfer(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # Under the module's own name: a launcher's processes import what they are sent to run.
+    from muroan import cli
+
+    cli.main()

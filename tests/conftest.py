@@ -48,5 +48,5 @@ SMALL = ("dataset.train_limit=2500", "dataset.val_limit=64", "training.epochs=2"
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a training run on a part of easy-VQA."""
     folder = tmp_path_factory.mktemp("trained")
-    muroan("train", *SMALL, "dataset.test_limit=32", f"folders.train={folder / 'model'}", "tracker=none", cwd=folder)
+    muroan("train", *SMALL, "dataset.test_limit=32", f"folders.train={folder / 'model'}", "tracker=wandb", cwd=folder)
     return folder / "model"

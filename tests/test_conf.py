@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
+import torch
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
@@ -20,7 +22,8 @@ from muroan.errors import MuroanError
 from muroan.modalities import Audio, Image, Text, WordTokenizer
 
 CONF = ROOT / "conf"
-CHOICES = sorted((f.parent.name, f.stem) for f in CONF.glob("*/*.yaml"))
+FILES = [*CONF.glob("*/*.yaml"), *CONF.glob("hydra/launcher/*.yaml")]
+CHOICES = sorted((f.parent.relative_to(CONF).as_posix(), f.stem) for f in FILES)
 MODALITIES = {"image": Image((8, 8)), "text": Text(WordTokenizer(["a"]), 5), "audio": Audio(100, 1000)}
 
 
@@ -37,18 +40,20 @@ def job(*overrides: str, command: str = "attack") -> DictConfig:
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("FSDD_ROOT", "HATEFUL_MEMES_ROOT"):
         monkeypatch.setenv(name, str(tmp_path))
+    no_gpus_taken(2, tmp_path, monkeypatch)
+
+
+def no_gpus_taken(count: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with so many GPUs, in whose folder of temporary files there are no locks on them yet."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setattr(muroan.cli, "GPU_LOCKS", [])
+    muroan.cli.own_gpu.cache_clear()
 
 
 def test_there_is_a_group_for_every_choice() -> None:
-    assert {group for group, _ in CHOICES} == {
-        "attack",
-        "dataset",
-        "defense",
-        "device",
-        "experiment",
-        "model",
-        "tracker",
-    }
+    groups = {"attack", "dataset", "defense", "device", "experiment", "hydra/launcher", "model", "tracker"}
+    assert {group for group, _ in CHOICES} == groups
 
 
 @pytest.mark.parametrize("command", ["train", "harden", "report"])
@@ -99,9 +104,42 @@ def test_trackers(name: str, tmp_path: Path) -> None:
     assert tracker is False if name == "none" else isinstance(tracker, pl.loggers.Logger)
 
 
+@pytest.mark.parametrize("name", [name for group, name in CHOICES if group == "hydra/launcher"])
+def test_launchers(name: str) -> None:
+    """What our file says is what the plugin takes."""
+    config = launcher(f"hydra/launcher={name}")
+    pytest.importorskip(config._target_.rsplit(".", 1)[0])
+    assert type(instantiate(config)).__name__ == config._target_.rsplit(".", 1)[1]
+
+
+def launcher(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("config", ["command=attack", *overrides], return_hydra_config=True)
+    HydraConfig.instance().set_config(config)
+    return config.hydra.launcher
+
+
+def test_every_process_gets_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_gpus_taken(2, tmp_path, monkeypatch)
+    assert job("device=own_gpu").device.devices == [0]
+    assert job("device=own_gpu").device.devices == [0], "a process keeps what it has"
+    another_process = muroan.cli.own_gpu.__wrapped__
+    assert another_process() == 1
+    with pytest.raises(MuroanError, match=r"other jobs have all 2 GPUs of this machine: .*hydra\.launcher\.n_jobs=2"):
+        another_process()
+    muroan.cli.GPU_LOCKS.pop(0).close()  # the first process ends
+    assert another_process() == 0
+    no_gpus_taken(0, tmp_path, monkeypatch)
+    with pytest.raises(MuroanError, match="there is no GPU here"):
+        another_process()
+
+
 @pytest.mark.parametrize("name", [name for group, name in CHOICES if group == "device"])
 def test_devices(name: str, tmp_path: Path) -> None:
-    options = muroan.cli.trainer_options(job(f"device={name}", f"out={tmp_path}"))
+    with pytest.MonkeyPatch.context() as patch:
+        if name == "own_gpu":
+            no_gpus_taken(2, tmp_path, patch)
+        options = muroan.cli.trainer_options(job(f"device={name}", f"out={tmp_path}"))
     if options["accelerator"] == "gpu":
         # Lightning looks for the GPUs at once; their number and precision are checked without.
         options |= {"accelerator": "cpu", "devices": 1, "precision": "32-true"}

@@ -1,21 +1,95 @@
-"""Attacked examples as a table of Weights & Biases."""
+"""What a job leaves in Weights & Biases: a run that goes on with the job, a table of examples, files as artifacts."""
 
 from __future__ import annotations
 
 import base64
+import functools
 import io
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import logging
+import os
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+import wandb
 from PIL import Image, ImageDraw
+from pytorch_lightning.loggers import Logger, WandbLogger
+from pytorch_lightning.utilities import rank_zero_only
 
 from muroan.report.examples import Picture, Wave, Words, draw
-from muroan.results import AttackResult
+from muroan.results import AttackResult, RunFolder
 
-if TYPE_CHECKING:
-    import wandb
+log = logging.getLogger(__name__)
 
 SIDE = 256  # pixels that pictures are enlarged to
+
+
+def wandb_logger(folder: str, anew: bool = False, **options: Any) -> WandbLogger:
+    """The run of a job, with all its files below the job's folder; nothing starts before the first figure.
+
+    Args:
+        folder: of the job; `wandb-id` in it names the run, so that a job that goes on does so in the same one.
+        anew: forget that run.
+        options: see `WandbLogger`.
+    """
+    # Where W&B keeps the files of a run until they are uploaded.
+    os.environ.setdefault("WANDB_DATA_DIR", str(Path(folder, "wandb").absolute()))
+    return WandbLogger(save_dir=folder, id=_run_id(Path(folder), anew), **options)
+
+
+@rank_zero_only
+def _run_id(folder: Path, anew: bool) -> str:
+    file = folder / "wandb-id"
+    if anew or not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(secrets.token_hex(4) + "\n")
+    return file.read_text().strip()
+
+
+def forgiving(function: Callable[..., None]) -> Callable[..., None]:
+    """The function, warning where it would fail: a tracker that breaks must not cost a job its results."""
+
+    @functools.wraps(function)
+    def attempt(*args: Any, **options: Any) -> None:
+        try:
+            function(*args, **options)
+        except Exception as error:
+            log.warning("not tracked, and the job goes on: %s: %s", type(error).__name__, error)
+
+    return attempt
+
+
+@forgiving
+def log_model(logger: Logger | None, checkpoint: Path, summary: Mapping[str, Any]) -> None:
+    """The best checkpoint as an artifact of type `model`; what `summary.json` says of it goes along."""
+    if isinstance(logger, WandbLogger):
+        logger.experiment.log_artifact(_artifact(logger, "model", [checkpoint], summary))
+
+
+@forgiving
+def log_attack(
+    logger: Logger | None,
+    folder: RunFolder,
+    records: Sequence[AttackResult],
+    classes: Sequence[str],
+    summary: Mapping[str, Mapping[str, float | None]],
+) -> None:
+    """The table of examples, the figures, and the records with `run.json` as an artifact of type `records`."""
+    if isinstance(logger, WandbLogger):
+        logger.experiment.summary.update({f"summary/{name}": figure["value"] for name, figure in summary.items()})
+        files = [folder.records_file, folder.path / "run.json"]
+        about = {key: folder.run.get(key) for key in ("fingerprint", "checkpoint")}
+        logger.experiment.log_artifact(_artifact(logger, "records", files, about))
+        logger.experiment.log({"examples": examples_table(records, classes)})
+
+
+def _artifact(logger: WandbLogger, kind: str, files: Sequence[Path], about: Mapping[str, Any]) -> wandb.Artifact:
+    artifact = wandb.Artifact(f"{kind}-{logger.experiment.id}", kind, metadata=dict(about))
+    for file in files:
+        # Finished files of the job's own folder, which a copy beside them would not make safer.
+        artifact.add_file(str(file.absolute()), policy="immutable", skip_cache=True)
+    return artifact
 
 
 def examples_table(records: Sequence[AttackResult], classes: Sequence[str]) -> wandb.Table:
@@ -24,8 +98,6 @@ def examples_table(records: Sequence[AttackResult], classes: Sequence[str]) -> w
     Columns: id, one a modality (pictures with the removed regions marked, removed words in brackets, removed
     stretches of sound in seconds), the true class, the predictions before and after, status, size and queries.
     """
-    import wandb
-
     shown = [r for r in records if r.media and r.attacked]
     modalities = list(shown[0].media or {}) if shown else []
     columns: list[str | int] = [
@@ -53,8 +125,6 @@ def examples_table(records: Sequence[AttackResult], classes: Sequence[str]) -> w
 
 
 def _cell(result: AttackResult, modality: str) -> Any:
-    import wandb
-
     drawing = draw(result, modality)
     if isinstance(drawing, Picture):
         return wandb.Image(marked_picture(drawing))
