@@ -87,7 +87,7 @@ def log_attack(
 def _artifact(logger: WandbLogger, kind: str, files: Sequence[Path], about: Mapping[str, Any]) -> wandb.Artifact:
     artifact = wandb.Artifact(f"{kind}-{logger.experiment.id}", kind, metadata=dict(about))
     for file in files:
-        # Finished files of the job's own folder, which a copy beside them would not make safer.
+        # Finished files of the job's own folder: there is no need of a copy beside them.
         artifact.add_file(str(file.absolute()), policy="immutable", skip_cache=True)
     return artifact
 
