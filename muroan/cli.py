@@ -5,6 +5,7 @@ What takes seconds to import (torch, Lightning) is imported by the commands: hel
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -51,6 +52,7 @@ Every command takes Hydra overrides, and -m to sweep over several values of them
   muroan attack -m model=mmbt,concat attack=decoupling,decoupling_reference seed=0,1,2
   muroan attack attack.objective=parts threat_model.replacement.image=blur threat_model.max_queries=2000
   muroan attack device=ddp tracker=wandb                  all GPUs of this machine, tracked in Weights & Biases
+  muroan attack -m seed=0,1,2 hydra/launcher=joblib       several jobs of a sweep at once (docs/sweeps.md)
   muroan attack --cfg job                                 print the whole configuration and stop
 """
 
@@ -133,7 +135,9 @@ def run_job(function: Callable[[DictConfig], None], command: str, config: DictCo
     except (HydraException, OmegaConfBaseException) as error:
         # What a constructor or a resolver refuses comes wrapped; on its way between processes the wrapped is lost.
         inner = error.__cause__ or error.__context__
-        raise (inner if isinstance(inner, MuroanError) else error) from None
+        if isinstance(inner, MuroanError):
+            raise inner from None
+        raise
     finally:
         sys.argv = argv
         leave_process_group()
@@ -156,11 +160,9 @@ def launcher_problem(error: Exception) -> str | None:
 
 def sweep_name(command: str, overrides: Sequence[str]) -> str:
     """A name for a sweep: the same when it is started again, be it on another launcher, device or tracker."""
-    from muroan.results import fingerprint
-
     means = ("hydra", "device", "tracker", "rerun")
     own = sorted(o for o in overrides if re.split(r"[=./@]", o.lstrip("+~"))[0] not in means)
-    return f"{command}-{fingerprint({'overrides': own})[:6]}"
+    return f"{command}-{hashlib.sha256(repr(own).encode()).hexdigest()[:6]}"
 
 
 def leave_process_group() -> None:
@@ -349,7 +351,9 @@ def close_trackers(failed: bool = False) -> None:
     """Finish the Weights & Biases run of this job, so that the next job of a sweep gets one of its own."""
     wandb = sys.modules.get("wandb")
     if wandb is not None and getattr(wandb, "run", None) is not None:
-        wandb.finish(exit_code=int(failed))
+        from muroan.report.tracked import forgiving
+
+        forgiving(wandb.finish)(exit_code=int(failed))
 
 
 def trainer_options(config: DictConfig) -> dict[str, Any]:
