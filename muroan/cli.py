@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from importlib import metadata
@@ -107,13 +107,17 @@ def main() -> None:
     except Exception as error:
         if problem := launcher_problem(error):
             sys.exit(f"muroan {command}: {problem}")
-        told = (MuroanError, HydraException, OmegaConfBaseException)
-        if trace or not (isinstance(error, told) or type(error).__name__ == "MisconfigurationException"):
+        expected = (MuroanError, HydraException, OmegaConfBaseException)
+        if trace or not (isinstance(error, expected) or type(error).__name__ == "MisconfigurationException"):
             raise
-        message = str(error).split("Config search path:")[0].strip()  # the rest is of use to Hydra's authors
-        sys.exit(f"muroan {command}: {message}")
+        sys.exit(f"muroan {command}: {told(error)}")
     except KeyboardInterrupt:
         sys.exit(f"muroan {command}: {INTERRUPTED}")
+
+
+def told(error: BaseException) -> str:
+    """The message of an error; what Hydra adds on its search path is of use to Hydra's authors."""
+    return str(error).split("Config search path:")[0].strip()
 
 
 def run_job(function: Callable[[DictConfig], None], command: str, config: DictConfig) -> None:
@@ -288,6 +292,34 @@ def own_gpu() -> int:
         if count
         else "device=own_gpu: there is no GPU here: choose device=cpu"
     )
+
+
+def planned(
+    command: str, jobs: Iterable[Sequence[str]], seeds: Sequence[int]
+) -> Iterator[list[tuple[Path, dict[str, Any]]]]:
+    """Where jobs would keep their results, and the identity that these would have. Nothing is run.
+
+    Args:
+        jobs: the overrides of each, without `seed`.
+
+    Yields:
+        For each job: folder and identity, one a seed.
+
+    Raises:
+        MuroanError: an override that the command would refuse, too, or one with several values.
+    """
+    with hydra.initialize_config_dir(str(config_folder().absolute()), version_base="1.3"):
+        for overrides in jobs:
+            try:
+                config = hydra.compose("config", [f"command={command}", *overrides], return_hydra_config=True)
+            except (HydraException, OmegaConfBaseException) as error:
+                raise MuroanError(told(error)) from None
+            HydraConfig.instance().set_config(config)
+            found = []
+            for seed in seeds:
+                config.seed = seed
+                found.append((Path(config.out), identity(config, command)))
+            yield found
 
 
 OmegaConf.register_new_resolver("cell", cell, replace=True)

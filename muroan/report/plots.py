@@ -217,7 +217,8 @@ def budgets(targets: Sequence[tuple[str, Sequence[tuple[str, Sequence[Run]]]]]) 
 
 def _success(axes: Axes, seeds: Sequence[np.ndarray], left: float, right: float, place: int) -> Artist:
     """One success curve with its band."""
-    shade, dash = COLOURS[False][colour(place)], DASHES[place % len(DASHES)]
+    # The colours come round after eight attacks, with other dashes.
+    shade, dash = COLOURS[False][colour(place)], DASHES[(place + place // len(COLOURS[0])) % len(DASHES)]
     x = np.unique(np.concatenate([[left, right], *seeds]))
     x = x[x <= right]
     (line,) = axes.step(x, success_at(seeds, x), where="post", color=shade, linestyle=dash, linewidth=1.9)

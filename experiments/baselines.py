@@ -1,0 +1,60 @@
+"""Table 5, baselines: every attack on every model at equal budget; see sweep.py for sizes.
+
+The paired tests of `muroan compare` are in outputs/experiments/baselines/compare.
+"""
+
+from __future__ import annotations
+
+from sweep import KNOWN, OUT, Sweep, write
+
+from muroan.report import compare
+from muroan.report.cells import METRICS, Entry, Table
+
+REMOVAL = ["decoupling", "decoupling_reference", "greedy_occlusion", "greedy_occlusion_rerank", "saliency_removal"]
+REMOVAL += ["leave_one_out", "missing_modality", "decoupling_image"]
+ONE_MODALITY = {"easy_vqa": ["decoupling_text"], "digit_sum": ["decoupling_audio"]}
+VALUES = [
+    "sparse_rs",
+    "one_pixel",
+    "pgd_linf",
+    "pgd_l2",
+    "pgd_l0",
+    "sigma_zero",
+    "fusion_embedding",
+    "swapped_modality",
+]
+OF_TEXT = {"easy_vqa": ["word_substitution", "co_attack"], "digit_sum": []}
+CORRUPTIONS = {
+    "easy_vqa": ["gaussian_noise", "salt_and_pepper", "word_masking"],
+    "digit_sum": ["gaussian_noise", "salt_and_pepper", "audio_noise"],
+}
+CAPTION = (
+    "Baselines: every attack on the first {samples} test samples of each dataset at equal budget, at most {budget} "
+    "passes through the model each, backward ones included. Value-choosing attacks can do strictly more than remove."
+)
+SHOWN = ["attack_success_rate", "valid_success_rate", "curve_area"]
+SHOWN += ["decoupled_fraction_mean", "decoupled_fraction_median", "proven", "queries", "backwards"]
+
+
+def attacks_on(dataset: str) -> list[str]:
+    removal = [*REMOVAL, *ONE_MODALITY[dataset], "random_removal"]
+    return [*removal, *VALUES, *OF_TEXT[dataset], *CORRUPTIONS[dataset]]
+
+
+def main() -> None:
+    sweep = Sweep(full={}, quick={"attacks": "decoupling,random_removal,sparse_rs,gaussian_noise"})
+    entries = []
+    for dataset in sweep.datasets:
+        cells = sweep.cells(dataset, sweep.attacks or attacks_on(dataset))
+        entries += [Entry(f"{dataset} · {model}", attack, found) for (model, attack), found in cells.items()]
+    caption = CAPTION.format(samples=sweep.samples, budget=sweep.budget)
+    table = Table("baselines", caption, [METRICS[name] for name in SHOWN], entries, known=KNOWN)
+    table.drawn = lambda row: row.runs[0].kind == "removal"
+    write(table)
+    folders = [cell.folder for row in table.rows for cell in row.cells]  # the seeds that all attacks on a model share
+    if folders:
+        print(compare.write(folders, OUT / "baselines/compare"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""What the tables have in common: their sizes, the sweeps behind them, and the cells that these leave.
+
+    python experiments/TABLE.py                 # in full: four models, two datasets, three seeds, 300 samples
+    python experiments/TABLE.py quick           # a minute: one small model, few samples
+    python experiments/TABLE.py seeds=0 models=mmbt datasets=easy_vqa samples=100 attacks=decoupling
+    python experiments/TABLE.py tabulate        # runs nothing: the table of the cells that there are
+
+Every table trains what is not trained and attacks what is not attacked: a killed one goes on where it was, and a cell
+that another table made is not made again. Any other `key=value` goes on to `muroan train` and `muroan attack`
+(`hydra/launcher=joblib`, `device=gpu`, `tracker=wandb`). A table is outputs/experiments/TABLE/TABLE.md, .tex, .csv and
+.png, and `python experiments/results.py` makes docs/results.md of all of them.
+digit_sum needs its recordings: see the README.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from muroan import cli
+from muroan.errors import MuroanError
+from muroan.report.cells import Cell, Known, Table, read_cell
+
+OUT = Path("outputs/experiments")
+CELLS = f"{OUT}/attacks/${{hydra:runtime.choices.dataset}}-${{hydra:runtime.choices.model}}"
+CELLS += "-${hydra:runtime.choices.attack}-${cell:attack}"
+
+FULL = {"models": "mmbt,concat,cross_attention,late_fusion", "datasets": "easy_vqa,digit_sum", "seeds": "0,1,2"}
+FULL |= {"samples": "300"}
+QUICK = {"models": "late_fusion", "datasets": "easy_vqa", "seeds": "0", "samples": "16"}
+QUICK_OPTIONS = ["dataset.train_limit=1000", "dataset.val_limit=64", "training.epochs=1", "training.lr=3e-3"]
+QUICK_OPTIONS += ["threat_model.max_queries=100", "device=cpu", "tracker=none"]
+# What each dataset is trained with, besides the model's own defaults.
+TRAINED = {"easy_vqa": ["dataset=easy_vqa"], "digit_sum": ["experiment=digit_sum"]}
+
+# All that is published and comparable at all; the tables of the paper are not available to us.
+KNOWN = [
+    Known("worst case of the paper (1.16 % of the input)", {"attack_success_rate": 100}),
+    Known(
+        "its authors' demonstration (2022, MMBT, 7 Hateful Memes)",
+        {"attack_success_rate": 100, "decoupled_fraction_mean": 3.85, "decoupled_fraction_median": 0.098},
+    ),
+]
+
+
+class Sweep:
+    """What was asked for on the command line of a table.
+
+    Args:
+        full, quick: the table's own defaults, beside those of all tables.
+
+    Attributes:
+        models, datasets, attacks: names; seeds: numbers; samples: of the test set, from its start.
+        budget: queries a sample.
+        quick: whether it is the small size.
+        tabulate: whether nothing is to be run.
+        options: what goes on to muroan.
+    """
+
+    def __init__(self, full: dict[str, str], quick: dict[str, str]):
+        words = [word for word in sys.argv[1:] if "=" not in word]
+        given = dict(word.split("=", 1) for word in sys.argv[1:] if "=" in word)
+        self.quick, self.tabulate = "quick" in words, "tabulate" in words
+        chosen = {"attacks": "", **FULL, **full, **({**QUICK, **quick} if self.quick else {})}
+        if unknown := set(words) - {"quick", "full", "tabulate"}:
+            sys.exit(f"expected quick, full, tabulate or key=value, got {', '.join(sorted(unknown))}")
+        self.options = QUICK_OPTIONS if self.quick else []
+        self.options = [*self.options, *(f"{key}={value}" for key, value in given.items() if key not in chosen)]
+        chosen |= {key: value for key, value in given.items() if key in chosen}
+        self.models, self.datasets = chosen["models"].split(","), chosen["datasets"].split(",")
+        self.attacks = [name for name in chosen["attacks"].split(",") if name]
+        self.seeds, self.samples = [int(seed) for seed in chosen["seeds"].split(",")], chosen["samples"]
+        self.budget = dict(word.split("=", 1) for word in self.options).get("threat_model.max_queries", "500")
+        if unknown := set(self.datasets) - set(TRAINED):
+            sys.exit(f"datasets must be among {', '.join(TRAINED)}, got {', '.join(sorted(unknown))}")
+
+    def cells(
+        self, dataset: str, attacks: Sequence[str], *options: str, models: Sequence[str] = ()
+    ) -> dict[tuple[str, str], tuple[Cell, ...]]:
+        """Train and attack what is not done, and read what is.
+
+        Args:
+            options: of muroan, for these cells alone.
+            models: others than those asked for.
+
+        Returns:
+            (model, attack) -> a cell a seed, with or without a run.
+        """
+        shared = [*TRAINED[dataset], *options, *self.options]
+        limit, folder = f"dataset.test_limit={self.samples}", f"folders.attack='{CELLS}'"
+        chosen = [(model, attack) for model in models or self.models for attack in attacks]
+
+        def read() -> dict[tuple[str, str], tuple[Cell, ...]]:
+            jobs = [[*shared, f"model={model}", f"attack={attack}", limit, folder] for model, attack in chosen]
+            return {
+                (model, attack): tuple(
+                    read_cell(dataset, model, attack, seed, *place)
+                    for seed, place in zip(self.seeds, places, strict=True)
+                )
+                for (model, attack), places in zip(chosen, cli.planned("attack", jobs, self.seeds), strict=True)
+            }
+
+        try:
+            found = read()
+        except MuroanError as error:
+            sys.exit(str(error))
+        every = [cell for cells in found.values() for cell in cells]
+        # muroan skips finished cells itself, but has to load a model to see that they are.
+        left = every if "rerun=true" in self.options else [cell for cell in every if cell.run is None]
+        if self.tabulate or not left:
+            return found
+        axes = [f"model={_listed(c.model for c in left)}", f"seed={_listed(c.seed for c in left)}"]
+        muroan("train", "-m", *shared, *axes, *([limit] if self.quick else []))
+        muroan("attack", "-m", *shared, *axes, f"attack={_listed(c.attack for c in left)}", limit, folder)
+        return read()
+
+
+def _listed(values) -> str:
+    return ",".join(map(str, dict.fromkeys(values)))
+
+
+def muroan(*words: str) -> None:
+    """The command, in this process: importing torch takes as long as a small cell."""
+    argv, trace = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = [cli.__file__, *words]  # what Lightning starts its further processes with
+    try:
+        cli.main()
+    finally:
+        sys.argv = argv
+        if trace is None:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
+
+
+def write(table: Table) -> None:
+    """Write a table to its folder, and show it."""
+    page = table.write(OUT / table.name)
+    print(f"\n{page.read_text(encoding='utf-8')}\n{page}")
