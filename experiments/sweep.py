@@ -15,6 +15,7 @@ digit_sum needs its recordings: see the README.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,6 +45,8 @@ KNOWN = [
     ),
 ]
 
+Planned = dict[tuple[str, str], list[tuple[Path, dict]]]  # (model, attack) -> folder and identity, one a seed
+
 
 class Sweep:
     """What was asked for on the command line of a table.
@@ -71,39 +74,29 @@ class Sweep:
         chosen |= {key: value for key, value in given.items() if key in chosen}
         self.models, self.datasets = chosen["models"].split(","), chosen["datasets"].split(",")
         self.attacks = [name for name in chosen["attacks"].split(",") if name]
+        if not all(seed.isdecimal() for seed in chosen["seeds"].split(",")):
+            sys.exit(f"seeds must be whole numbers, got {chosen['seeds']}")
         self.seeds, self.samples = [int(seed) for seed in chosen["seeds"].split(",")], chosen["samples"]
         self.budget = dict(word.split("=", 1) for word in self.options).get("threat_model.max_queries", "500")
         if unknown := set(self.datasets) - set(TRAINED):
             sys.exit(f"datasets must be among {', '.join(TRAINED)}, got {', '.join(sorted(unknown))}")
 
-    def cells(
-        self, dataset: str, attacks: Sequence[str], *options: str, models: Sequence[str] = ()
-    ) -> dict[tuple[str, str], tuple[Cell, ...]]:
+    def cells(self, dataset: str, attacks: Sequence[str], *options: str) -> dict[tuple[str, str], tuple[Cell, ...]]:
         """Train and attack what is not done, and read what is.
 
         Args:
             options: of muroan, for these cells alone.
-            models: others than those asked for.
 
         Returns:
             (model, attack) -> a cell a seed, with or without a run.
         """
         shared = [*TRAINED[dataset], *options, *self.options]
         limit, folder = f"dataset.test_limit={self.samples}", f"folders.attack='{CELLS}'"
-        chosen = [(model, attack) for model in models or self.models for attack in attacks]
-
-        def read() -> dict[tuple[str, str], tuple[Cell, ...]]:
-            jobs = [[*shared, f"model={model}", f"attack={attack}", limit, folder] for model, attack in chosen]
-            return {
-                (model, attack): tuple(
-                    read_cell(dataset, model, attack, seed, *place)
-                    for seed, place in zip(self.seeds, places, strict=True)
-                )
-                for (model, attack), places in zip(chosen, cli.planned("attack", jobs, self.seeds), strict=True)
-            }
-
+        chosen = [(model, attack) for model in self.models for attack in attacks]
+        jobs = [[*shared, f"model={model}", f"attack={attack}", limit, folder] for model, attack in chosen]
         try:
-            found = read()
+            planned = dict(zip(chosen, cli.planned("attack", jobs, self.seeds), strict=True))
+            found = self._read(dataset, planned)
         except MuroanError as error:
             sys.exit(str(error))
         every = [cell for cells in found.values() for cell in cells]
@@ -114,7 +107,15 @@ class Sweep:
         axes = [f"model={_listed(c.model for c in left)}", f"seed={_listed(c.seed for c in left)}"]
         muroan("train", "-m", *shared, *axes, *([limit] if self.quick else []))
         muroan("attack", "-m", *shared, *axes, f"attack={_listed(c.attack for c in left)}", limit, folder)
-        return read()
+        return self._read(dataset, planned)
+
+    def _read(self, dataset: str, planned: Planned) -> dict[tuple[str, str], tuple[Cell, ...]]:
+        return {
+            (model, attack): tuple(
+                read_cell(dataset, model, attack, seed, *place) for seed, place in zip(self.seeds, places, strict=True)
+            )
+            for (model, attack), places in planned.items()
+        }
 
 
 def _listed(values) -> str:
@@ -134,6 +135,8 @@ def muroan(*words: str) -> None:
 
 
 def write(table: Table) -> None:
-    """Write a table to its folder, and show it."""
+    """Write a table to its folder, with the command that made it, and show it."""
     page = table.write(OUT / table.name)
+    words = [f"experiments/{Path(sys.argv[0]).name}", *(word for word in sys.argv[1:] if word != "tabulate")]
+    page.with_name("command.txt").write_text(f"python {shlex.join(words)}\n")
     print(f"\n{page.read_text(encoding='utf-8')}\n{page}")

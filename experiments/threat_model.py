@@ -17,9 +17,9 @@ REPLACED = {
 }
 BUDGETS = (5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 CAPTION = (
-    "Threat model: the first {samples} test samples, at most {budget} queries each, and one thing at a time that is not "
-    "as in the other tables. Regions with a side longer than the finest one are split. The smaller budgets are what "
-    "the same run had in hand after so many queries; a search that knew of them might do better."
+    "Threat model: the first {samples} test samples, at most {budget} queries each, and one thing at a time that is "
+    "not as in the other tables. Regions with a side longer than the finest one are split. The smaller budgets are "
+    "what the same run had in hand after so many queries; a search that knew of them might do better."
 )
 SHOWN = ["attack_success_rate", "valid_success_rate", "curve_area"]
 SHOWN += ["decoupled_fraction_mean", "decoupled_fraction_median", "one_minimal", "queries"]

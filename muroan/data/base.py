@@ -237,6 +237,6 @@ def scratch_text(texts: Sequence[str], max_length: int | None = None, truncate: 
     """Text for models trained from scratch on these training texts: their words, and room for the longest of them."""
     tokenizer = WordTokenizer.from_texts(texts)
     if max_length is None:
-        longest = max((sum(map(len, tokenizer.words_to_ids(text.split()))) for text in texts), default=0)
+        longest = max((sum(map(len, tokenizer.words_to_ids(text.split()))) for text in set(texts)), default=0)
         max_length = len(tokenizer.prefix) + longest + len(tokenizer.suffix)
     return Text(tokenizer, max_length, truncate)

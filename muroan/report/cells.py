@@ -166,7 +166,7 @@ def side_by_side(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
         if rows and not common:
             notes.append(f"{group}: the rows have no seed in common; each is over its own.")
         elif left := sorted({seed for row in rows for seed in row.seeds} - common):
-            notes.append(f"{group}: seeds {_listed(left)} are left out, since not all rows have them.")
+            notes.append(f"{group}: seed {_listed(left)} is left out, since not all rows have it.")
         for row in rows:
             cells = tuple(cell for cell in row.cells if cell.run is not None and (cell.seed in common or not common))
             kept.append(replace(row, cells=cells))
@@ -174,16 +174,20 @@ def side_by_side(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
 
 
 def _missing(entries: Sequence[Entry]) -> list[str]:
-    """A note a reason and a group on the cells that are not there."""
+    """A note a group and a reason on the cells that are not there, rows that lack the same seeds together."""
     lacking: dict[tuple[str, str], dict[str, list[int]]] = {}
     for entry in entries:
         for cell in entry.cells:
             if cell.run is None:
                 lacking.setdefault((entry.group, cell.lacks), {}).setdefault(entry.name, []).append(cell.seed)
-    return [
-        f"missing in {group}, {why}: " + ", ".join(f"{name} (seed {_listed(seeds)})" for name, seeds in names.items())
-        for (group, why), names in lacking.items()
-    ]
+    notes = []
+    for (group, why), seeds in lacking.items():
+        names: dict[str, list[str]] = {}
+        for name, numbers in seeds.items():
+            names.setdefault(_listed(numbers), []).append(name)
+        parts = (f"seed {numbers} of {', '.join(rows)}" for numbers, rows in names.items())
+        notes.append(f"missing in {group}, {why}: {'; '.join(parts)}")
+    return notes
 
 
 def _listed(numbers: Iterable[int]) -> str:

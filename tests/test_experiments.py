@@ -1,0 +1,307 @@
+"""The paper's tables: what they are made of, by hand; and their quick sizes, as commands of their own."""
+
+from __future__ import annotations
+
+import csv
+import re
+import runpy
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, environment
+from PIL import Image
+
+from muroan.metrics import columns
+from muroan.report.cells import METRICS, Cell, Entry, Known, Table, columns_within, read_cell, side_by_side
+from muroan.results import AttackResult, Count, RunFolder
+
+# (queries, percent of the input) at every flip seen of a sample, None for one that was wrong before the attack.
+Seen = list[tuple[int, int]] | None
+FIRST: list[Seen] = [[(3, 8), (20, 2)], [(50, 1)], [], None]
+SECOND: list[Seen] = [[(1, 4)], [(2, 4)], [(9, 4)], [(10, 6)]]
+
+
+def record(index: int, seen: Seen, queries: int = 60) -> AttackResult:
+    status = "skipped" if seen is None else "flipped" if seen else "held"
+    result = AttackResult(f"q{index}", index, "a", 0, int(seen is None), int(bool(seen)), status, total={"image": 100})
+    result.removed = {"image": seen[-1][1]} if seen else {}
+    result.trajectory = seen or []
+    result.ledger = {"search": Count(queries, queries, 0)} if seen is not None else {}
+    return result
+
+
+def write_cell(
+    path: Path, seen: list[Seen], attack: str = "a", seed: int = 0, finish: bool = True, **more: Any
+) -> Cell:
+    """A cell as its folder has it, of a sweep that wants budget 500."""
+    identity = {"budget": 500, "seed": seed}
+    folder = RunFolder(path / f"{attack}-{seed}")
+    about = {"identity": {**identity, "weights": "w", **more}, "attack": attack, "model": "m", "dataset": "d"}
+    folder.start({**about, "classes": ["no", "yes"], "seed": seed})
+    for index, one in enumerate(seen):
+        folder.append(record(index, one))
+    folder.close()
+    if finish:
+        folder.finish()
+    return read_cell("d", "m", attack, seed, folder.path, identity)
+
+
+def both(path: Path, attack: str = "a") -> Entry:
+    cells = (write_cell(path, FIRST, attack, 0), write_cell(path, SECOND, attack, 1))
+    return Entry("d · m", attack, cells)
+
+
+def absent(path: Path, attack: str, seed: int) -> Cell:
+    return read_cell("d", "m", attack, seed, path / "nothing", {})
+
+
+class TestCells:
+    def test_a_finished_cell_of_this_identity_is_read(self, tmp_path):
+        cell = write_cell(tmp_path, FIRST)
+        assert cell.run is not None
+        assert [r.id for r in cell.run.records] == ["q0", "q1", "q2", "q3"]
+
+    def test_others_are_not_and_say_why(self, tmp_path):
+        assert absent(tmp_path, "a", 0).lacks == "not run"
+        assert write_cell(tmp_path / "half", FIRST, finish=False).lacks == "unfinished"
+        other = write_cell(tmp_path / "other", FIRST, budget=100)
+        assert (other.run, other.lacks) == (None, "of another configuration")
+        folder = write_cell(tmp_path, FIRST).folder
+        assert read_cell("d", "other model", "a", 0, folder, {"budget": 500, "seed": 0}).run is None
+
+    def test_means_and_spread_over_seeds_by_hand(self, tmp_path):
+        entry = both(tmp_path)
+        # 2 of 3 attacked samples, and 4 of 4; 2 % and 1 %, and 4, 4, 4 and 6 %.
+        success, mean = entry.summary["attack_success_rate"], entry.summary["decoupled_fraction_mean"]
+        assert success["value"] == pytest.approx((200 / 3 + 100) / 2)
+        assert entry.spread("attack_success_rate") == pytest.approx((200 / 3, 100))
+        assert mean["value"] == pytest.approx((1.5 + 4.5) / 2)
+        assert entry.spread("decoupled_fraction_mean") == (1.5, 4.5)
+        assert entry.summary["clean_accuracy"]["value"] == pytest.approx((75 + 100) / 2)
+        assert Entry("g", "a", entry.cells[:1]).spread("attack_success_rate") is None
+
+    @pytest.mark.parametrize(
+        ("most", "success", "fraction", "queries"),
+        # Of the first seed's three attacked samples; the flip by 8 % comes first, by 2 % at 20, the other's at 50.
+        [(2, 0, None, 2), (3, 100 / 3, 8, 3), (20, 100 / 3, 2, 20), (50, 200 / 3, 1.5, 50), (500, 200 / 3, 1.5, 60)],
+    )
+    def test_a_smaller_budget_from_the_trajectory(self, tmp_path, most, success, fraction, queries):
+        entry = Entry("g", "a", (write_cell(tmp_path, FIRST),), within=most)
+        assert entry.summary["attack_success_rate"]["value"] == pytest.approx(success)
+        assert entry.summary["decoupled_fraction_mean"]["value"] == (fraction and pytest.approx(fraction))
+        assert entry.summary["queries"]["value"] == queries
+
+    def test_the_whole_budget_is_the_run_itself(self, tmp_path):
+        run = write_cell(tmp_path, SECOND).run
+        whole, within = columns(run.records), columns_within(run, 500)
+        assert {name: how for name, (_, how) in within.items()} == {name: whole[name][1] for name in within}
+        for name, (column, _) in within.items():
+            np.testing.assert_array_equal(column, whole[name][0])
+
+    def test_rows_side_by_side_have_the_same_seeds(self, tmp_path):
+        one = Entry("d · m", "b", (write_cell(tmp_path, SECOND, "b", 0), absent(tmp_path, "b", 1)))
+        rows, notes = side_by_side([both(tmp_path), one])
+        assert [row.seeds for row in rows] == [[0], [0]]
+        assert notes == [
+            "missing in d · m, not run: seed 1 of b",
+            "d · m: seed 1 is left out, since not all rows have it.",
+        ]
+
+    def test_a_row_without_any_cell_takes_no_seed_from_the_others(self, tmp_path):
+        none = Entry("d · m", "b", (absent(tmp_path, "b", 0), absent(tmp_path, "b", 1)))
+        other = Entry("another group", "b", (absent(tmp_path, "b", 0),))
+        rows, notes = side_by_side([both(tmp_path), none, other])
+        assert [(row.name, row.seeds) for row in rows] == [("a", [0, 1])]
+        assert notes == [
+            "missing in d · m, not run: seed 0, 1 of b",
+            "missing in another group, not run: seed 0 of b",
+        ]
+
+    def test_rows_without_a_seed_in_common_keep_theirs(self, tmp_path):
+        first = Entry("g", "a", (write_cell(tmp_path, FIRST, "a", 0),))
+        rows, notes = side_by_side([first, Entry("g", "b", (write_cell(tmp_path, SECOND, "b", 1),))])
+        assert [row.seeds for row in rows] == [[0], [1]]
+        assert "no seed in common" in notes[0]
+
+    def test_the_table(self, tmp_path):
+        known = [Known("the paper's", {"attack_success_rate": 100})]
+        metrics = [METRICS[name] for name in ("attack_success_rate", "decoupled_fraction_mean", "proven")]
+        missing = Entry("d · m", "b_c", (absent(tmp_path, "b_c", 0),))
+        table = Table("t", "What it shows.", metrics, [both(tmp_path), missing], known=known)
+        text = table.write(tmp_path / "out").read_text()
+        well_formed(tmp_path / "out", "t")
+        head, group, row, heading, last = rows_of(text)
+        assert head == ["attack", "seeds", "success rate (%)", "decoupled fraction, mean (%)"]  # nothing was proven
+        assert group[0] == "**d · m**"
+        assert [row[0], row[1], row[3]] == ["a", "0, 1", "3.00 (1.50–4.50)"]
+        assert re.fullmatch(r"83\.3 \[.*\] \(66\.7–100\.0\)", row[2])
+        assert "other data and other weights" in heading[0]
+        assert last == ["the paper's", "", "100.0", "–"]
+        assert "Note: missing in d · m, not run: seed 0 of b_c" in text
+        seeds = list(csv.DictReader((tmp_path / "out/t_seeds.csv").open()))
+        assert [(row["seeds"], row["decoupled_fraction_mean"]) for row in seeds] == [("0", "1.5"), ("1", "4.5")]
+
+    def test_a_table_of_nothing_says_so(self, tmp_path):
+        table = Table("t", "", [METRICS["queries"]], [Entry("g", "a", (absent(tmp_path, "a", 2),))])
+        assert "missing in g, not run: seed 2 of a" in table.write(tmp_path).read_text()
+        assert Image.open(tmp_path / "t.png").format == "PNG"
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """The cells of a Markdown table, without the rule below its head."""
+    lines = [line for line in text.splitlines() if line[:1] == "|"]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in [lines[0], *lines[2:]]]
+
+
+def well_formed(folder: Path, name: str) -> list[dict[str, str]]:
+    """Check the files of a table; the rows of its CSV."""
+    table = rows_of((folder / f"{name}.md").read_text())
+    assert {len(row) for row in table} == {len(table[0])}
+    with (folder / f"{name}.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file, strict=True))
+    assert rows
+    for row in rows:
+        assert None not in row
+        assert None not in row.values()
+        figures = {key: float(value) for key, value in row.items() if value and key in METRICS}
+        for metric, value in figures.items():
+            assert float(row[f"{metric}_low"]) <= value + 1e-9
+            assert value <= float(row[f"{metric}_high"]) + 1e-9
+            assert 0 <= value <= (np.inf if METRICS[metric].unit == "count" else 100), metric
+        assert "attack_success_rate" in figures
+    shown = {row[0] for row in table}
+    assert shown >= {row["name"] for row in rows}
+    tex = (folder / f"{name}.tex").read_text()
+    assert len(re.findall(r"(?<!\\)\{", tex)) == len(re.findall(r"(?<!\\)\}", tex))
+    assert re.findall(r"\\begin\{(\w+)\}", tex) == re.findall(r"\\end\{(\w+)\}", tex)[::-1]
+    body = [line for line in tex.splitlines() if line.startswith(r"\quad")]
+    assert {len(re.findall(r"(?<!\\)&", line)) for line in body} == {len(table[0]) - 1}
+    assert all(line.endswith(r" \\") for line in body)
+    with Image.open(folder / f"{name}.png") as picture:
+        picture.load()
+        assert min(picture.size) > 300
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The commands. They share trained models and cells, so that they share a worker.
+
+TABLES = {"vulnerability": 3, "fusion": 2, "modality": 3, "baselines": 4, "threat_model": 6 + 5}  # rows
+OUT = Path("outputs/experiments")
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("experiments")
+
+
+def command(name: str, *words: str) -> list[str]:
+    return [sys.executable, str(ROOT / f"experiments/{name}.py"), *words]
+
+
+def run(workplace: Path, name: str, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    own = environment(PYTHONPATH=str(ROOT))
+    done = subprocess.run(
+        command(name, *words), cwd=workplace, env=own, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.mark.xdist_group("experiments")
+class TestCommands:
+    def test_a_killed_table_goes_on(self, workplace):
+        own = environment(PYTHONPATH=str(ROOT))
+        process = subprocess.Popen(command("vulnerability", "quick"), cwd=workplace, env=own, stdout=-3, stderr=-3)
+        deadline, lines = time.monotonic() + 200, []
+        while not lines and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.005)
+            lines = [line for part in workplace.glob(f"{OUT}/attacks/*/*.jsonl") for line in part.open("rb")]
+        process.kill()
+        assert process.wait() < 0, "it ended before it could be killed"
+        assert not (workplace / OUT / "vulnerability").exists()
+        kept = [line for part in workplace.glob(f"{OUT}/attacks/*/*.jsonl") for line in part.open("rb")]
+        (checkpoint,) = workplace.glob("outputs/train/*/best.ckpt")
+        trained = checkpoint.stat().st_mtime_ns
+        run(workplace, "vulnerability", "quick")
+        (cell,) = workplace.glob(f"{OUT}/attacks/*-decoupling-*")
+        records = (cell / "records.jsonl").read_bytes().splitlines(keepends=True)
+        assert len(records) == 16
+        assert {line for line in kept if line.endswith(b"\n")} <= set(records)
+        assert checkpoint.stat().st_mtime_ns == trained
+
+    @pytest.mark.parametrize("name", TABLES)
+    def test_quick(self, workplace, name):
+        if not (workplace / OUT / name).exists():  # the table that was killed above is there
+            run(workplace, name, "quick")
+        rows = well_formed(workplace / OUT / name, name)
+        assert len(rows) == TABLES[name]
+        assert {row["seeds"] for row in rows} == {"0"}
+        assert {row["samples"] for row in rows} == {"16"}
+        page = (workplace / OUT / name / f"{name}.md").read_text()
+        assert "missing" not in page
+        assert "worst case of the paper (1.16 % of the input)" in page
+        assert any(float(row["attack_success_rate"]) > 0 for row in rows if row["attack"] == "decoupling")
+        assert (workplace / OUT / name / "command.txt").read_text() == f"python experiments/{name}.py quick\n"
+
+    def test_tables_share_their_models_and_cells(self, workplace):
+        if not (workplace / OUT / "threat_model").exists():
+            pytest.skip("needs the tables of the other tests")
+        assert len(list(workplace.glob("outputs/train/*/best.ckpt"))) == 2
+        # decoupling, its reference and random; on concat; image, text; sparse_rs, noise; three threat models
+        assert len(list(workplace.glob(f"{OUT}/attacks/*/records.jsonl"))) == 3 + 1 + 2 + 2 + 3
+
+    def test_missing_cells_are_named(self, workplace, monkeypatch):
+        here(monkeypatch, workplace, "vulnerability", "quick", "tabulate", "seeds=0,1", "models=late_fusion,mmbt")
+        page = (workplace / OUT / "vulnerability/vulnerability.md").read_text()
+        assert "missing in easy_vqa · mmbt, not run: seed 0, 1 of decoupling, decoupling_reference, random" in page
+        assert "missing in easy_vqa · late_fusion, not run: seed 1 of decoupling" in page
+
+    def test_other_settings_are_never_mixed_in(self, workplace, monkeypatch):
+        here(monkeypatch, workplace, "vulnerability", "quick", "tabulate", "threat_model.max_queries=99")
+        page = (workplace / OUT / "vulnerability/vulnerability.md").read_text()
+        assert "at most 99 queries" in page
+        assert "not run: seed 0 of decoupling, decoupling_reference, random_removal" in page
+
+    def test_results(self, workplace, monkeypatch):
+        here(monkeypatch, workplace, "vulnerability", "quick", "tabulate")
+        here(monkeypatch, workplace, "results")
+        page = (workplace / "docs/results.md").read_text()
+        for name in TABLES:
+            made = (workplace / OUT / name / f"{name}.md").exists()
+            assert f"`python experiments/{name}.py{' quick' if made else ''}`" in page
+            assert (f"![{name}]({name}.png)" in page) == made == (workplace / f"docs/{name}.png").exists()
+        assert "`python experiments/defense.py` has not been run yet." in page
+        (row,) = (
+            row
+            for row in csv.DictReader((workplace / OUT / "vulnerability/vulnerability.csv").open())
+            if row["attack"] == "decoupling_reference"
+        )
+        assert f"The attack as released reaches {float(row['attack_success_rate']):.1f} % on easy_vqa" in page
+        assert not re.search(r"\bnan\b|\{\{|\{%|Undefined", page)
+
+    @pytest.mark.parametrize(
+        ("word", "message"),
+        [
+            ("quik", "expected quick, full, tabulate or key=value, got quik"),
+            ("datasets=hateful_memes", "datasets must be among easy_vqa, digit_sum, got hateful_memes"),
+            ("models=mmbtt", "model/mmbtt"),
+            ("seeds=one", "seeds must be whole numbers, got one"),
+        ],
+    )
+    def test_a_bad_word_is_one_line(self, workplace, monkeypatch, word, message):
+        with pytest.raises(SystemExit, match=message):
+            here(monkeypatch, workplace, "vulnerability", "quick", "tabulate", word)
+
+
+def here(monkeypatch: pytest.MonkeyPatch, workplace: Path, name: str, *words: str) -> None:
+    """A command that runs no model, in this process."""
+    monkeypatch.chdir(workplace)
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    monkeypatch.setattr(sys, "argv", command(name, *words)[1:])
+    monkeypatch.delitem(sys.modules, "sweep", raising=False)
+    runpy.run_path(str(ROOT / f"experiments/{name}.py"), run_name="__main__")
