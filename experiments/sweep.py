@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from muroan import cli
@@ -118,7 +118,7 @@ class Sweep:
         }
 
 
-def _listed(values) -> str:
+def _listed(values: Iterable[object]) -> str:
     return ",".join(map(str, dict.fromkeys(values)))
 
 

@@ -35,7 +35,7 @@ def record(index: int, seen: Seen, queries: int = 60) -> AttackResult:
 
 
 def write_cell(
-    path: Path, seen: list[Seen], attack: str = "a", seed: int = 0, finish: bool = True, **more: Any
+    path: Path, seen: list[Seen], attack: str = "a", seed: int = 0, finish: bool = True, **more: int
 ) -> Cell:
     """A cell as its folder has it, of a sweep that wants budget 500."""
     identity = {"budget": 500, "seed": seed}
