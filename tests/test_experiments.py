@@ -128,7 +128,7 @@ class TestCells:
         assert "no seed in common" in notes[0]
 
     def test_the_table(self, tmp_path):
-        known = [Known("the paper's", {"attack_success_rate": 100})]
+        known = [Known("the paper's", {"attack_success_rate": 100}, "its page 1")]
         metrics = [METRICS[name] for name in ("attack_success_rate", "decoupled_fraction_mean", "proven")]
         missing = Entry("d · m", "b_c", (absent(tmp_path, "b_c", 0),))
         table = Table("t", "What it shows.", metrics, [both(tmp_path), missing], known=known)
@@ -142,6 +142,9 @@ class TestCells:
         assert "other data and other weights" in heading[0]
         assert last == ["the paper's", "", "100.0", "–"]
         assert "Note: missing in d · m, not run: seed 0 of b_c" in text
+        assert "Note: the paper's: its page 1." in text
+        # Printed, the seeds' spread takes the place of the interval.
+        assert r"\quad a & 0, 1 & 83.3 (66.7--100.0) & 3.00 (1.50--4.50) \\" in (tmp_path / "out/t.tex").read_text()
         seeds = list(csv.DictReader((tmp_path / "out/t_seeds.csv").open()))
         assert [(row["seeds"], row["decoupled_fraction_mean"]) for row in seeds] == [("0", "1.5"), ("1", "4.5")]
 
@@ -244,7 +247,7 @@ class TestCommands:
         assert {row["samples"] for row in rows} == {"16"}
         page = (workplace / OUT / name / f"{name}.md").read_text()
         assert "missing" not in page
-        assert "worst case of the paper (1.16 % of the input)" in page
+        assert "paper, worst case (1.16 %)" in page
         assert any(float(row["attack_success_rate"]) > 0 for row in rows if row["attack"] == "decoupling")
         assert (workplace / OUT / name / "command.txt").read_text() == f"python experiments/{name}.py quick\n"
 

@@ -200,10 +200,12 @@ class Known:
 
     Attributes:
         figures: by metric; what was not published is not there.
+        source: where they come from.
     """
 
     name: str
     figures: Mapping[str, float]
+    source: str
 
 
 @dataclass
@@ -232,6 +234,7 @@ class Table:
 
     def __post_init__(self) -> None:
         self.rows, self.notes = side_by_side(self.entries)
+        self.notes += [f"{known.name}: {known.source}." for known in self.known]
 
     def write(self, out: Path) -> Path:
         """Write `NAME.md`, `.tex`, `.csv`, `_seeds.csv` (a row a seed) and `.png` to a folder; return the first."""
@@ -254,8 +257,8 @@ class Table:
         said = {name for row in self.rows for name, estimate in row.summary.items() if estimate["value"] is not None}
         return [column for column in shown if column.metric in said or column in MAIN]
 
-    def grid(self) -> Grid:
-        """The table as text."""
+    def grid(self, narrow: bool = False) -> Grid:
+        """The table as text; a narrow one, for a printed page, has no intervals where it has seeds."""
         columns = self.columns
         heads = [f"{column.heading} ({column.suffix})" if column.suffix else column.heading for column in columns]
         lines = []
@@ -269,7 +272,7 @@ class Table:
                     lines.append(Line(1, [HEADINGS[kind]]))
                 for row in part:
                     seeds = ", ".join(map(str, row.seeds))
-                    lines.append(Line(2, [row.name, seeds, *(_text(row, column) for column in columns)]))
+                    lines.append(Line(2, [row.name, seeds, *(_text(row, column, narrow) for column in columns)]))
         if self.known:
             lines.append(Line(0, ["for comparison: published, on other data and other weights"]))
         for known in self.known:
@@ -291,17 +294,18 @@ class Table:
 
     def latex(self) -> str:
         r"""The table in LaTeX: a file to `\input` into a document that uses the package booktabs."""
-        return "% Needs \\usepackage{booktabs}\n" + _latex_table(self.grid(), self.notes)
+        return "% Needs \\usepackage{booktabs}\n" + _latex_table(self.grid(narrow=True), self.notes)
 
 
-def _text(row: Entry, column: Column) -> str:
+def _text(row: Entry, column: Column, narrow: bool) -> str:
     """A figure with its interval over samples, where it has one, and its spread over seeds."""
     estimate = row.summary.get(column.metric, {})
     value = estimate.get("value")
     text = figure(value, column.unit)
-    if column.metric in INTERVALS and (span := interval(estimate, column.unit)):
+    seeds = row.spread(column.metric)
+    if column.metric in INTERVALS and not (narrow and seeds) and (span := interval(estimate, column.unit)):
         text += f" [{span}]"
-    if seeds := row.spread(column.metric):
+    if seeds:
         text += " ({}–{})".format(*(figure(seed, column.unit, value) for seed in seeds))
     return text
 
