@@ -26,12 +26,12 @@ from muroan.report.compare import (
     Row,
     _latex_table,
     _markdown_table,
-    _write_csv,
     pooled,
+    write_csv,
 )
-from muroan.report.runs import Run, find_runs
 from muroan.report.tables import DEFINITIONS, MAIN, SEARCH, Column, figure, interval, present
 from muroan.results import RunFolder
+from muroan.runs import Run, find_runs
 
 SHARES = (
     *(Column(f"modality_share_{name}", f"share, {name}", "rate") for name in ("image", "text", "audio", "joint")),
@@ -242,9 +242,9 @@ class Table:
         page = out / f"{self.name}.md"
         page.write_text(self.markdown(), encoding="utf-8")
         (out / f"{self.name}.tex").write_text(self.latex(), encoding="utf-8")
-        _write_csv(out / f"{self.name}.csv", _figures(self.rows))
+        write_csv(out / f"{self.name}.csv", _figures(self.rows))
         each = [replace(row, cells=(cell,)) for row in self.rows for cell in row.cells]
-        _write_csv(out / f"{self.name}_seeds.csv", _figures(each))
+        write_csv(out / f"{self.name}_seeds.csv", _figures(each))
         drawn = [row for row in self.rows if self.drawn(row)]
         targets = [(g, [(row.name, row.runs) for row in rows]) for g, rows in groupby(drawn, lambda row: row.group)]
         (out / f"{self.name}.png").write_bytes(plots.budgets(targets or [("nothing was run", [])]))
