@@ -18,6 +18,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
+from copy import copy
 from pathlib import Path
 
 from muroan import cli
@@ -60,6 +61,7 @@ class Sweep:
         full, quick: the table's own defaults, beside those of all tables.
 
     Attributes:
+        chosen: all options, as they were typed, the table's own too.
         models, datasets, attacks: names; seeds: numbers; samples: of the test set, from its start.
         budget: queries a sample.
         quick: whether it is the small size.
@@ -82,20 +84,31 @@ class Sweep:
         if not all(seed.isdecimal() for seed in chosen["seeds"].split(",")):
             sys.exit(f"seeds must be whole numbers, got {chosen['seeds']}")
         self.seeds, self.samples = [int(seed) for seed in chosen["seeds"].split(",")], chosen["samples"]
+        self.chosen = chosen
         self.budget = dict(word.split("=", 1) for word in self.options).get("threat_model.max_queries", "500")
         if unknown := set(self.datasets) - set(TRAINED):
             sys.exit(f"datasets must be among {', '.join(TRAINED)}, got {', '.join(sorted(unknown))}")
 
-    def cells(self, dataset: str, attacks: Sequence[str], *options: str) -> dict[tuple[str, str], tuple[Cell, ...]]:
-        """Train and attack what is not done, and read what is.
+    def only(self, model: str, seed: int) -> Sweep:
+        """The sweep for one model and seed."""
+        one = copy(self)
+        one.models, one.seeds = [model], [seed]
+        return one
+
+    def cells(
+        self, dataset: str, attacks: Sequence[str], *options: str, defense: str = "none"
+    ) -> dict[tuple[str, str], tuple[Cell, ...]]:
+        """Train, harden and attack what is not done, and read what is.
 
         Args:
             options: of muroan, for these cells alone.
+            defense: what the models are hardened by before they are attacked.
 
         Returns:
             (model, attack) -> a cell a seed, with or without a run.
         """
-        shared = [*TRAINED[dataset], *options, *self.options]
+        # One W&B group a table, also when it is resumed with fewer cells left.
+        shared = [f"sweep={Path(sys.argv[0]).stem}", *TRAINED[dataset], f"defense={defense}", *options, *self.options]
         limit, folder = f"dataset.test_limit={self.samples}", f"folders.attack='{CELLS}'"
         chosen = [(model, attack) for model in self.models for attack in attacks]
         jobs = [[*shared, f"model={model}", f"attack={attack}", limit, folder] for model, attack in chosen]
@@ -110,7 +123,10 @@ class Sweep:
         if self.tabulate or not left:
             return found
         axes = [f"model={_listed(c.model for c in left)}", f"seed={_listed(c.seed for c in left)}"]
-        muroan("train", "-m", *shared, *axes, *([limit] if self.quick else []))
+        ready = [*shared, *axes, f"attack={left[0].attack}", *([limit] if self.quick else [])]  # options may be its own
+        muroan("train", "-m", *ready)
+        if defense != "none":
+            muroan("harden", "-m", *ready)
         muroan("attack", "-m", *shared, *axes, f"attack={_listed(c.attack for c in left)}", limit, folder)
         return self._read(dataset, planned)
 
@@ -141,7 +157,11 @@ def muroan(*words: str) -> None:
 
 def write(table: Table) -> None:
     """Write a table to its folder, with the command that made it, and show it."""
-    page = table.write(OUT / table.name)
+    command(table.write(OUT / table.name))
+
+
+def command(page: Path) -> None:
+    """Note the command that made a page beside it, and show the page."""
     words = [f"experiments/{Path(sys.argv[0]).name}", *(word for word in sys.argv[1:] if word != "tabulate")]
     page.with_name("command.txt").write_text(f"python {shlex.join(words)}\n")
     print(f"\n{page.read_text(encoding='utf-8')}\n{page}")

@@ -24,8 +24,8 @@ from muroan.report.compare import (
     Grid,
     Line,
     Row,
-    _latex_table,
-    _markdown_table,
+    latex_grid,
+    markdown_grid,
     pooled,
     write_csv,
 )
@@ -290,11 +290,11 @@ class Table:
         used = {part for column in self.columns for part in (column.heading, column.heading.split(",")[0])}
         terms = "".join(f"- *{term}*: {meaning}\n" for term, meaning in DEFINITIONS.items() if term in used)
         notes = "".join(f"Note: {note}\n\n" for note in self.notes)
-        return f"{grid.caption}\n\n{_markdown_table(grid)}\n{notes}{terms}"
+        return f"{grid.caption}\n\n{markdown_grid(grid)}\n{notes}{terms}"
 
     def latex(self) -> str:
         r"""The table in LaTeX: a file to `\input` into a document that uses the package booktabs."""
-        return "% Needs \\usepackage{booktabs}\n" + _latex_table(self.grid(narrow=True), self.notes)
+        return "% Needs \\usepackage{booktabs}\n" + latex_grid(self.grid(narrow=True), self.notes)
 
 
 def _text(row: Entry, column: Column, narrow: bool) -> str:

@@ -652,7 +652,7 @@ def _terms(comparison: Comparison) -> dict[str, str]:
 
 def markdown(comparison: Comparison) -> str:
     """All tables in Markdown, with columns that line up as plain text, too."""
-    tables = [f"{grid.caption}\n\n{_markdown_table(grid)}" for grid in grids(comparison)]
+    tables = [f"{grid.caption}\n\n{markdown_grid(grid)}" for grid in grids(comparison)]
     if not comparison.pairs:
         tables.append("No two attacks on the same target attacked a sample in common: no paired tests.\n")
     said = [f"**Warning:** {text}" for text in comparison.warnings] + [f"Note: {text}" for text in comparison.notes]
@@ -660,7 +660,7 @@ def markdown(comparison: Comparison) -> str:
     return "\n".join([*tables, *(f"{text}\n" for text in said), terms])
 
 
-def _markdown_table(grid: Grid) -> str:
+def markdown_grid(grid: Grid) -> str:
     marks = {0: "**{}**", 1: "*{}*", 2: "{}"}
     groups = ["", *(head.partition(", ")[0] for head in grid.heads)]
     # A group is named once, over its first column.
@@ -674,11 +674,11 @@ def _markdown_table(grid: Grid) -> str:
 def latex(comparison: Comparison) -> str:
     r"""All tables in LaTeX: a file to `\input` into a document that uses the package booktabs."""
     said = [f"Warning: {text}" for text in comparison.warnings] + comparison.notes
-    parts = [_latex_table(grid, said if place == 0 else []) for place, grid in enumerate(grids(comparison))]
+    parts = [latex_grid(grid, said if place == 0 else []) for place, grid in enumerate(grids(comparison))]
     return "\n".join(["% Written by `muroan compare`; needs \\usepackage{booktabs}\n", *parts])
 
 
-def _latex_table(grid: Grid, notes: Sequence[str]) -> str:
+def latex_grid(grid: Grid, notes: Sequence[str]) -> str:
     width = len(grid.heads)
     uppers, lowers = zip(*map(_stacked, grid.heads), strict=True)
     upper, rules, start = [], [], 1

@@ -285,15 +285,15 @@ def _names(groups: Mapping[str, Sequence[Run]]) -> dict[str, str]:
 # What is written
 
 
-def write(folders: Sequence[Path], out: Path) -> Path:
+def write(folders: Sequence[Path], out: Path, name: str = "defenses") -> Path:
     """The grid of defences by attacks from the records of finished runs, undefended ones included. No model is loaded.
 
     Args:
         folders: run folders, or folders that hold such at any depth.
-        out: folder for `defenses.md`, `defenses.tex`, `defenses.csv` and `defenses.png`.
+        out: folder for `defenses.md`, `defenses.tex`, `defenses.csv` and `defenses.png`, or what else `name` says.
 
     Returns:
-        The path of `defenses.md`.
+        The path of the page in Markdown.
 
     Raises:
         MuroanError: a folder holds no run, or no run is of a hardened model; two runs cannot be told apart.
@@ -301,11 +301,11 @@ def write(folders: Sequence[Path], out: Path) -> Path:
     found = grids(find_runs(folders))
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    write_csv(out / "defenses.csv", _lines(found))
-    (out / "defenses.tex").write_text(latex(found), encoding="utf-8")
+    write_csv(out / f"{name}.csv", _lines(found))
+    (out / f"{name}.tex").write_text(latex(found), encoding="utf-8")
     drawn = [(grid.name, _drawn(grid)) for grid in found]
-    (out / "defenses.png").write_bytes(plots.budgets(drawn))
-    page = out / "defenses.md"
+    (out / f"{name}.png").write_bytes(plots.budgets(drawn))
+    page = out / f"{name}.md"
     page.write_text(markdown(found), encoding="utf-8")
     return page
 
