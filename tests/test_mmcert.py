@@ -325,8 +325,7 @@ class TestTraining:
 
 
 def test_the_file_under_conf():
-    config = job("+defense=mmcert") if "defense" not in job() else job("defense=mmcert")
-    module = instantiate(config.defense)(model=Sums(), lr=0.5, weight_decay=0.0, warmup=0.1)
+    module = instantiate(job("defense=mmcert").defense)(model=Sums(), lr=0.5, weight_decay=0.0, warmup=0.1)
     assert isinstance(module, MMCert)
     assert module.lr == 0.5
     assert module.ablation.kept("audio", 20) == 4

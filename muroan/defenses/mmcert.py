@@ -281,7 +281,7 @@ class SmoothedModel(MultimodalModel):
         element: Mapping[str, int] | None = None,
         votes: int = 100,
         seed: int = 0,
-        rows: int = 1024,
+        rows: int = 256,
     ):
         super().__init__(model.modalities, model.num_classes)
         if votes < 1 or rows < 1:
