@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -14,12 +15,14 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from muroan.certification import Certificate, certified_accuracy, robust_accuracy
 from muroan.metrics import success_curve
 from muroan.modalities import stable_seed
 from muroan.report.runs import flip_queries, flip_sizes
 from muroan.results import AttackResult
 from muroan.runs import Run
+
+if TYPE_CHECKING:
+    from muroan.certification import Certificate
 
 # After Okabe and Ito, who chose colours that people with any colour vision tell apart; the second row is for
 # dark paper. The yellow is left out: it cannot be read on white.
@@ -239,6 +242,8 @@ def certified_curve(
     Returns:
         A PNG; the same bytes for the same records.
     """
+    from muroan.certification import certified_accuracy, robust_accuracy  # brings Lightning, which no report needs
+
     paper, ink = PAPER[dark], INK[dark]
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
     picture = Figure(figsize=(7.2, 4.4), dpi=200, facecolor=paper, layout=layout)
