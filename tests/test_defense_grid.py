@@ -12,6 +12,7 @@ from PIL import Image
 from test_compare import record, rows_of
 
 from muroan.errors import MuroanError
+from muroan.report import build
 from muroan.report.defenses import Grid, grids, latex, markdown, write
 from muroan.results import RunFolder
 from muroan.runs import find_runs
@@ -151,6 +152,16 @@ def test_what_cannot_be_told_apart_is_refused(tmp_path: Path) -> None:
     run(tmp_path / "c", "decoupling", [0, 1])
     with pytest.raises(MuroanError, match=r"no run is of a hardened model: `muroan harden"):
         grid(tmp_path / "c")
+
+
+def test_the_report_has_the_grid(tmp_path: Path) -> None:
+    page = build([small(tmp_path / "runs")], tmp_path / "out").read_text()
+    assert "Did the defence help?" in page
+    assert "hard did not help beyond its controls" in page
+    assert "<td>75.0 (25.0 at 4.00)</td>" in page
+    run(tmp_path / "runs/again", "decoupling", [0, 1, 0, 0], "hard")
+    page = build([tmp_path / "runs"], tmp_path / "out").read_text()
+    assert "There is no table of defences: hard, decoupling: 2 runs with the seeds 0, 0" in page
 
 
 def test_files(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -616,3 +618,15 @@ def test_a_gradient_attack_on_a_model_without_gradients_says_so() -> None:
         MuroanError, match=r"does not depend on \['image'\] in a way that can be differentiated: choose an attack"
     ):
         fitted(module)
+
+
+def test_the_example_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[1] / "docs/defenses.md").read_text()
+    (code,) = re.findall(r"```python\n# hide\.py\n(.*?)```", text, re.DOTALL)
+    assert len(code.splitlines()) < 30
+    (tmp_path / "hide.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    defense = importlib.import_module("hide").HideImages(model(), ratio=0.3, threat_model=THREAT, lr=0.02)
+    made = seen(defense, batch(), monkeypatch)
+    dark = [row for row in range(32) if not made.inputs["image"][made.rows["image"][row]].any()]
+    assert len(dark) == 10

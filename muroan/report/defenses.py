@@ -360,14 +360,18 @@ NOTE = (
 )
 
 
+def table(grid: Grid) -> list[list[str]]:
+    """The grid as text: the headings, then a row a defence."""
+    return [[*HEAD, *grid.attacks, *COST], *(_cells(grid, defense) for defense in grid.defenses)]
+
+
 def markdown(found: Sequence[Grid]) -> str:
     """The grids with the verdicts in Markdown."""
     parts = []
     for grid in found:
-        rows = [[*HEAD, *grid.attacks, *COST], *(_cells(grid, defense) for defense in grid.defenses)]
-        table = markdown_table([[escaped(cell) for cell in row] for row in rows])
+        shown = markdown_table([[escaped(cell) for cell in row] for row in table(grid)])
         lines = "".join(f"- {escaped(verdict.line)}\n" for verdict in grid.verdicts())
-        parts.append(f"## {escaped(grid.name)}\n\n{table}\n{lines}")
+        parts.append(f"## {escaped(grid.name)}\n\n{shown}\n{lines}")
     return "\n".join([*parts, NOTE, ""])
 
 
@@ -375,9 +379,9 @@ def latex(found: Sequence[Grid]) -> str:
     """The same in LaTeX, for a document with the package booktabs."""
     tables = []
     for grid in found:
-        heads = [*HEAD, *grid.attacks, *COST]
+        heads, *rows = table(grid)
         head = [" & ".join(rf"\rotatebox{{60}}{{{tex(cell)}}}" for cell in heads) + r" \\"]
-        body = [" & ".join(map(tex, _cells(grid, defense))) + r" \\" for defense in grid.defenses]
+        body = [" & ".join(map(tex, row)) + r" \\" for row in rows]
         notes = [*(verdict.line for verdict in grid.verdicts()), NOTE]
         style = r"\scriptsize\setlength{\tabcolsep}{3pt}"
         tables.append(latex_table(grid.name, "l" + "r" * (len(heads) - 1), head, body, notes, style))

@@ -11,7 +11,8 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from muroan.report import examples, plots, tables
+from muroan.errors import MuroanError
+from muroan.report import defenses, examples, plots, tables
 from muroan.report.runs import Comparison, by_target, compare
 from muroan.report.tables import figure, interval, whole
 from muroan.results import Count, write_json
@@ -70,6 +71,12 @@ def render(runs: Sequence[Run], comparisons: Sequence[Comparison], curve: bytes)
         "narrow": plots.curve(runs, False, *narrow),
         "narrow_dark": plots.curve(runs, True, *narrow),
     }
+    said, grids = warnings(runs, comparisons), []
+    if any(run.about.get("defense") for run in runs):
+        try:
+            grids = defenses.grids(runs)
+        except MuroanError as error:  # of runs that are too many for a grid the rest of the page can still be told
+            said.append(f"There is no table of defences: {error}")
     histograms, ticks = plots.query_histograms(runs)
     # The target that its attack hurts most comes first.
     groups = sorted(by_target(runs), key=lambda group: -(_strongest(group).value("attack_success_rate") or 0.0))
@@ -78,8 +85,11 @@ def render(runs: Sequence[Run], comparisons: Sequence[Comparison], curve: bytes)
         lead=_strongest(groups[0]),
         title=f"Robustness of {_listed(sorted({run.model for run in runs}))}",
         findings=[finding(group) for group in groups],
-        warnings=warnings(runs, comparisons),
+        warnings=said,
         comparisons=comparisons,
+        grids=grids,
+        grid_table=defenses.table,
+        grid_note=defenses.NOTE,
         samples={run.dataset: len({r.id for x in runs if x.dataset == run.dataset for r in x.records}) for run in runs},
         attacks=list(dict.fromkeys(run.attack for run in runs)),
         colour={run.label: plots.colour(place) for place, run in enumerate(runs)},
