@@ -1,10 +1,11 @@
 """Table 4, defence: models undefended, under controls, adversarially trained and under MMCert, attacked knowingly.
 
     python experiments/defense.py                                       # see sweep.py for sizes
-    python experiments/defense.py defenses=plain_training,adversarial_training hardening.batches=100
+    python experiments/defense.py defenses=plain_training,adversarial_training hardening.batches=100 strong=none
 
-Every model is attacked by the attack that its defence was trained on, by the others, by ours with ten times the budget,
-and by the removals that flip the undefended model. MMCert is certified, and its vote attacked, on fewer samples.
+Every model is attacked by the attack that its defence was trained on, by the others, by ours with ten times the budget
+(`strong` names the defences that this is done for), and by the removals that flip the undefended model. MMCert is
+certified, and its vote attacked, on `certified` samples.
 """
 
 from __future__ import annotations
@@ -23,52 +24,61 @@ DEFENSES = ["plain_training", "random_removal_augmentation", "modality_dropout",
 DEFENSES += ["adversarial_training", "adversarial_training_offline", "adversarial_training_pgd"]
 DEFENSES += ["embedding_adversarial_training"]
 ATTACKS = ["decoupling", "decoupling_fast", "decoupling_reference", "random_removal", "pgd_linf"]
-STRONG = ["threat_model.max_queries=5000", "attack.patience=3000"]
-FULL = {"defenses": ",".join(DEFENSES), "attacks": ",".join(ATTACKS), "certified": "50", "strong": "1"}
-QUICK = {"defenses": "plain_training,adversarial_training", "attacks": "decoupling", "certified": "8", "strong": "0"}
-QUICK_OPTIONS = ["hardening.epochs=1", "hardening.batches=2", "hardening.samples=8"]
-CERTIFICATION = ["certification.votes=20", "threat_model.max_queries=60"]
-QUICK_CERTIFICATION = ["certification.samples=40", "certification.selection=10"]
+TEN_TIMES = ["threat_model.max_queries=5000", "attack.patience=3000"]
+EVERY = ",".join(["none", *DEFENSES])
+FULL = {"defenses": ",".join(DEFENSES), "attacks": ",".join(ATTACKS), "strong": EVERY, "certified": "50"}
+QUICK = {"defenses": "plain_training,adversarial_training", "attacks": "decoupling", "strong": "", "certified": "8"}
+HARDENING = ["hardening.epochs=1", "hardening.batches=2", "hardening.samples=8"]  # when quick
+VOTE = ["certification.votes=20", "threat_model.max_queries=60"]
+VOTES = ["certification.samples=40", "certification.selection=10"]  # when quick
 
 
-def found(cells: dict[tuple[str, str], tuple[Cell, ...]]) -> list[Path]:
-    return [cell.folder for several in cells.values() for cell in several if cell.run is not None]
+class Gathered:
+    """The folders of the cells that there are, and a line for each group of those that there are not."""
+
+    def __init__(self) -> None:
+        self.folders: list[Path] = []
+        self.missing: list[str] = []
+
+    def add(self, what: str, cells: dict[tuple[str, str], tuple[Cell, ...]]) -> None:
+        for (model, attack), several in cells.items():
+            self.folders += [cell.folder for cell in several if cell.run is not None]
+            lacking = [str(cell.seed) for cell in several if cell.run is None]
+            if lacking:
+                dataset = several[0].dataset
+                self.missing.append(f"- not run: {dataset} · {model}, {what}, {attack}, seed {', '.join(lacking)}\n")
 
 
-def transferred(sweep: Sweep, dataset: str, defense: str) -> list[Path]:
+def transferred(sweep: Sweep, dataset: str, defense: str, gathered: Gathered) -> None:
     """What flips each undefended model, tried on the hardened one."""
-    folders = []
     for (model, _), sources in sweep.cells(dataset, ["decoupling"]).items():
         for source in (cell for cell in sources if cell.run is not None):
-            one = sweep.only(model, source.seed)
-            folders += found(one.cells(dataset, ["transferred"], f"attack.run={source.folder}", defense=defense))
-    return folders
+            one, run = sweep.only(model, source.seed), f"attack.run={source.folder}"
+            gathered.add(defense, one.cells(dataset, ["transferred"], run, defense=defense))
 
 
 def certified(sweep: Sweep, dataset: str, samples: str) -> list[str]:
     """Certify MMCert's vote, attack it, and say in a line a model what holds."""
     lines = []
-    options = [*CERTIFICATION, *(QUICK_CERTIFICATION if sweep.quick else [])]
-    for model in sweep.models:
-        for seed in sweep.seeds:
-            one = sweep.only(model, seed)
-            one.samples = samples
-            attacked = found(
-                one.cells(dataset, ["decoupling"], *options, "certification.smoothed=true", defense="mmcert")
-            )
-            words = [*TRAINED[dataset], *options, *sweep.options, "defense=mmcert", f"model={model}", f"seed={seed}"]
-            words += [f"dataset.test_limit={samples}", f"certification.attacked=[{','.join(map(str, attacked))}]"]
-            ((folder, _),) = next(cli.planned("certify", [words], [seed]))
-            if not sweep.tabulate:
-                muroan("certify", *words)
-            if (folder / "summary.json").exists():
-                lines.append(
-                    f"- {dataset} · {model}, seed {seed}: {told(json.loads((folder / 'summary.json').read_text()))}"
-                )
+    options = [*VOTE, *(VOTES if sweep.quick else [])]
+    for one in (sweep.only(model, seed) for model in sweep.models for seed in sweep.seeds):
+        one.samples = samples
+        attacked = Gathered()
+        cells = one.cells(dataset, ["decoupling"], *options, "certification.smoothed=true", defense="mmcert")
+        attacked.add("mmcert", cells)
+        words = [*TRAINED[dataset], *options, *sweep.options, "defense=mmcert", f"model={one.models[0]}"]
+        words += [f"seed={one.seeds[0]}", f"dataset.test_limit={samples}"]
+        words += [f"certification.attacked=[{','.join(map(str, attacked.folders))}]"]
+        ((folder, _),) = next(cli.planned("certify", [words], one.seeds))
+        if not sweep.tabulate:
+            muroan("certify", *words)
+        if (file := folder / "summary.json").exists():
+            told = certificate(json.loads(file.read_text()))
+            lines.append(f"- {dataset} · {one.models[0]}, seed {one.seeds[0]}: {told}\n")
     return lines
 
 
-def told(summary: dict) -> str:
+def certificate(summary: dict) -> str:
     """The summary of a certification in words."""
     alone = ", ".join(
         f"{figure(size['elements'], 'count')} of {name} ({figure(size['percent'], 'fraction')} %)"
@@ -79,28 +89,28 @@ def told(summary: dict) -> str:
     return (
         f"{figure(summary['accuracy'], 'rate')} % right with a certificate (of {summary['samples']} samples, "
         f"{summary['abstained']} abstained); median certified elements: {alone or 'none'}; robust accuracy of the vote "
-        f"under decoupling {robust} %, certificates broken: {broken}"
+        f"under decoupling {robust or '–'} %, certificates broken: {broken}"
     )
 
 
 def main() -> None:
     sweep = Sweep(full=FULL, quick=QUICK)
-    sweep.options += QUICK_OPTIONS if sweep.quick else []
-    chosen = sweep.chosen
-    folders, lines = [], []
+    sweep.options += HARDENING if sweep.quick else []
+    chosen = {key: [name for name in sweep.chosen[key].split(",") if name] for key in ("defenses", "strong")}
+    gathered, lines = Gathered(), []
     for dataset in sweep.datasets:
-        folders += found(sweep.cells(dataset, sweep.attacks))
-        for defense in filter(None, chosen["defenses"].split(",")):
-            folders += found(sweep.cells(dataset, sweep.attacks, defense=defense))
-            folders += transferred(sweep, dataset, defense)
-        if chosen["strong"] != "0":
-            for defense in ["none", *filter(None, chosen["defenses"].split(","))]:
-                folders += found(sweep.cells(dataset, ["decoupling"], *STRONG, defense=defense))
-        if chosen["certified"] != "0":
-            lines += certified(sweep, dataset, chosen["certified"])
-    page = defenses.write(folders, OUT / "defense", "defense")
-    if lines:
-        page.write_text(page.read_text() + "\nMMCert, a vote over ablated inputs:\n\n" + "\n".join(lines) + "\n")
+        gathered.add("undefended", sweep.cells(dataset, sweep.attacks))
+        for defense in chosen["defenses"]:
+            gathered.add(defense, sweep.cells(dataset, sweep.attacks, defense=defense))
+            transferred(sweep, dataset, defense, gathered)
+        for defense in chosen["strong"]:
+            gathered.add(defense, sweep.cells(dataset, ["decoupling"], *TEN_TIMES, defense=defense))
+        if sweep.chosen["certified"] != "0":
+            lines += certified(sweep, dataset, sweep.chosen["certified"])
+    page = defenses.write(gathered.folders, OUT / "defense", "defense")
+    parts = [page.read_text(), *gathered.missing]
+    parts += ["\nMMCert, a vote over ablated inputs:\n\n", *lines] if lines else []
+    page.write_text("".join(parts))
     command(page)
 
 

@@ -258,6 +258,21 @@ class TestCommands:
         # decoupling, its reference and random; on concat; image, text; sparse_rs, noise; three threat models
         assert len(list(workplace.glob(f"{OUT}/attacks/*/records.jsonl"))) == 3 + 1 + 2 + 2 + 3
 
+    def test_defense(self, workplace, monkeypatch):
+        run(workplace, "defense", "quick")
+        page = (workplace / OUT / "defense/defense.md").read_text()
+        with (workplace / OUT / "defense/defense.csv").open() as file:
+            rows = [(row["defense"], row["attack"]) for row in csv.DictReader(file)]
+        asked = {"plain_training": ["decoupling", "transferred"], "adversarial_training": ["decoupling", "transferred"]}
+        asked = {"undefended": ["decoupling"], **asked}
+        assert sorted(rows) == sorted((name, a) for name, found in asked.items() for a in [*found, "worst case"])
+        assert re.search(r"- adversarial_training (helped|did)", page)
+        assert "not run" not in page
+        assert re.search(r"late_fusion, seed 0: .* \(of 8 samples, .* certificates broken: 0\n", page)
+        here(monkeypatch, workplace, "defense", "quick", "tabulate", "defenses=modality_dropout")
+        page = (workplace / OUT / "defense/defense.md").read_text()
+        assert "- not run: easy_vqa · late_fusion, modality_dropout, decoupling, seed 0" in page
+
     def test_missing_cells_are_named(self, workplace, monkeypatch):
         here(monkeypatch, workplace, "vulnerability", "quick", "tabulate", "seeds=0,1", "models=late_fusion,mmbt")
         page = (workplace / OUT / "vulnerability/vulnerability.md").read_text()
@@ -278,7 +293,8 @@ class TestCommands:
             made = (workplace / OUT / name / f"{name}.md").exists()
             assert f"`python experiments/{name}.py{' quick' if made else ''}`" in page
             assert (f"![{name}]({name}.png)" in page) == made == (workplace / f"docs/{name}.png").exists()
-        assert "`python experiments/defense.py` has not been run yet." in page
+        if not (workplace / OUT / "defense").exists():
+            assert "`python experiments/defense.py` has not been run yet." in page
         (row,) = (
             row
             for row in csv.DictReader((workplace / OUT / "vulnerability/vulnerability.csv").open())

@@ -371,7 +371,7 @@ def markdown(found: Sequence[Grid]) -> str:
     for grid in found:
         shown = markdown_table([[escaped(cell) for cell in row] for row in table(grid)])
         lines = "".join(f"- {escaped(verdict.line)}\n" for verdict in grid.verdicts())
-        parts.append(f"## {escaped(grid.name)}\n\n{shown}\n{lines}")
+        parts.append(f"### {escaped(grid.name)}\n\n{shown}\n{lines}")
     return "\n".join([*parts, NOTE, ""])
 
 
