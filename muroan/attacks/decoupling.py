@@ -362,7 +362,8 @@ class Hunt:
         """Put back what can be of some parts of the best flip, alone and then together.
 
         Returns:
-            Those that could be put back alone and still are not.
+            Those that could be put back alone and still are not; none where nothing was gained, as by more parts of
+            less.
         """
         best, u = self.best, self.universe
         assert best is not None
@@ -374,6 +375,8 @@ class Hunt:
         spare = [spare[i] for i in ranked([self.distances[rows[piece]] * self.region_price[piece] for piece in spare])]
         sizes = [size for size in GROWTH if size < len(spare)] + [len(spare)]
         yield from self.ask([best & ~u.union(spare[:size]) for size in sizes], phase)
+        if self.best is best:
+            return []
         return [piece for piece in spare if self.best[u.covers[piece]].all()]  # type: ignore[index]
 
     def improve(self) -> Asking:
