@@ -3,9 +3,10 @@
     python experiments/defense.py                                       # see sweep.py for sizes
     python experiments/defense.py defenses=plain_training,adversarial_training hardening.batches=100 strong=none
 
-Every model is attacked by the attack that its defence was trained on, by the others, by ours with ten times the budget
-(`strong` names the defences that this is done for), and by the removals that flip the undefended model. MMCert is
-certified, and its vote attacked, on `certified` samples.
+Every model is attacked by the attack that its defence was trained on, by the others, by the removals that flip the
+undefended model, by ours in search of flips that leave the label right (`valid` names the defences that this is done
+for), and by ours with ten times the budget (`strong`). MMCert is certified, and its vote attacked, on `certified`
+samples.
 """
 
 from __future__ import annotations
@@ -24,10 +25,23 @@ DEFENSES = ["plain_training", "random_removal_augmentation", "modality_dropout",
 DEFENSES += ["adversarial_training", "adversarial_training_offline", "adversarial_training_pgd"]
 DEFENSES += ["embedding_adversarial_training"]
 ATTACKS = ["decoupling", "decoupling_fast", "decoupling_reference", "random_removal", "pgd_linf"]
+VALID = "attack.valid_only=true"
 TEN_TIMES = ["threat_model.max_queries=5000", "attack.patience=3000"]
 EVERY = ",".join(["none", *DEFENSES])
-FULL = {"defenses": ",".join(DEFENSES), "attacks": ",".join(ATTACKS), "strong": EVERY, "certified": "50"}
-QUICK = {"defenses": "plain_training,adversarial_training", "attacks": "decoupling", "strong": "", "certified": "8"}
+FULL = {
+    "defenses": ",".join(DEFENSES),
+    "attacks": ",".join(ATTACKS),
+    "valid": EVERY,
+    "strong": EVERY,
+    "certified": "50",
+}
+QUICK = {
+    "defenses": "plain_training,adversarial_training",
+    "attacks": "decoupling",
+    "valid": "",
+    "strong": "",
+    "certified": "8",
+}
 HARDENING = ["hardening.epochs=1", "hardening.batches=2", "hardening.samples=8"]  # when quick
 VOTE = ["certification.votes=20", "threat_model.max_queries=60"]
 VOTES = ["certification.samples=40", "certification.selection=10"]  # when quick
@@ -96,13 +110,15 @@ def certificate(summary: dict) -> str:
 def main() -> None:
     sweep = Sweep(full=FULL, quick=QUICK)
     sweep.options += HARDENING if sweep.quick else []
-    chosen = {key: [name for name in sweep.chosen[key].split(",") if name] for key in ("defenses", "strong")}
+    chosen = {key: [name for name in sweep.chosen[key].split(",") if name] for key in ("defenses", "valid", "strong")}
     gathered, lines = Gathered(), []
     for dataset in sweep.datasets:
         gathered.add("undefended", sweep.cells(dataset, sweep.attacks))
         for defense in chosen["defenses"]:
             gathered.add(defense, sweep.cells(dataset, sweep.attacks, defense=defense))
             transferred(sweep, dataset, defense, gathered)
+        for defense in chosen["valid"]:
+            gathered.add(defense, sweep.cells(dataset, ["decoupling"], VALID, defense=defense))
         for defense in chosen["strong"]:
             gathered.add(defense, sweep.cells(dataset, ["decoupling"], *TEN_TIMES, defense=defense))
         if sweep.chosen["certified"] != "0":

@@ -61,7 +61,8 @@ def _read(text: str) -> float | str:
 
 def told(value: float, metric: str) -> str:
     """A figure as the tables write it."""
-    return NOTHING if math.isnan(value) else figure(value, METRICS[metric].unit)
+    unit = METRICS[metric].unit if metric in METRICS else "rate"
+    return NOTHING if math.isnan(value) else figure(value, unit)
 
 
 def span(found: list[dict[str, Any]], metric: str) -> str:

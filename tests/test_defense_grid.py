@@ -115,6 +115,42 @@ def test_verdicts(tmp_path: Path, hard: list[Any], control: list[Any], says: str
     assert verdict.beyond.area["value"] == pytest.approx({0: -90, 3: -20, 1: 90}[hard[0]])
 
 
+def test_where_the_dataset_can_tell_valid_flips_decide(tmp_path: Path) -> None:
+    """The defence stops what leaves the label right, and nothing can stop what does not."""
+    run(tmp_path, "decoupling", [1] * 30, "hard", still_valid=False)
+    run(tmp_path, "decoupling", [1] * 30, "plain_training", control=True, still_valid=True)
+    found = grid(tmp_path)
+    control, hard = found.defenses
+    assert found.worst(hard)["robust_to_valid"]["value"] == 100
+    assert found.worst(control)["robust_to_valid"]["value"] == 0
+    assert found.worst(hard)["robust_accuracy"]["value"] == 0
+    (verdict,) = found.verdicts()
+    assert verdict.helped
+    assert "robust accuracy to valid flips +100.0 points" in verdict.line
+    assert "to all flips +0.0 points" in verdict.line
+
+
+def test_the_smallest_valid_flip_of_any_attack_counts(tmp_path: Path) -> None:
+    run(tmp_path, "decoupling", [1, 1], "hard", still_valid=False)
+    run(tmp_path, "greedy", [4, 0], "hard", still_valid=True)
+    (hard,) = grid(tmp_path).defenses
+    outcomes = hard.outcomes(0, ["decoupling", "greedy"])
+    assert [(o.size, o.valid) for o in outcomes.values()] == [(1, 4), (1, float("inf"))]
+    assert [o.robust_to_valid for o in outcomes.values()] == [0, 100]
+
+
+def test_an_attack_that_searches_valid_flips_alone_is_another_one(tmp_path: Path) -> None:
+    run(tmp_path, "decoupling", [1, 1], "hard")
+    folder = RunFolder(tmp_path / "hard-valid")
+    about = RunFolder(next(tmp_path.glob("hard-decoupling*"))).run
+    identity = {**about["identity"], "attack": {"valid_only": True}}
+    folder.start({**about, "identity": identity})
+    folder.append(record(0, "decoupling", 2))
+    folder.append(record(1, "decoupling", 0))
+    folder.finish()
+    assert grid(tmp_path).attacks == ["decoupling (all flips)", "decoupling (valid flips)"]
+
+
 def test_without_a_control_no_claim_is_made(tmp_path: Path) -> None:
     run(tmp_path, "decoupling", [0, 0], "hard")
     (verdict,) = grid(tmp_path).verdicts()
@@ -170,7 +206,7 @@ def test_files(tmp_path: Path) -> None:
     rows = rows_of(text)
     assert len({len(row) for row in rows}) == 1
     assert [row[0] for row in rows[2:]] == ["undefended", "plain_training (control)", "hard"]
-    assert rows[4][4:6] == ["75.0 (25.0 at 4.00)", "50.0 (50.0 at 5.00)"]
+    assert rows[4][5:7] == ["75.0 (25.0 at 4.00)", "50.0 (50.0 at 5.00)"]
     assert rows[4][-3:] == ["1\u202f000", "320", "12"]
     assert "- hard did not help beyond its controls" in text
     with (tmp_path / "out/defenses.csv").open() as file:
@@ -184,5 +220,5 @@ def test_files(tmp_path: Path) -> None:
     tex = latex(found)
     assert (tmp_path / "out/defenses.tex").read_text() == tex
     assert tex.count("{") == tex.count("}")
-    assert all(line.count("&") == 8 for line in tex.splitlines() if re.search(r"(?<!\\)&", line))
+    assert all(line.count("&") == 9 for line in tex.splitlines() if re.search(r"(?<!\\)&", line))
     assert Image.open(tmp_path / "out/defenses.png").size[0] > 800

@@ -82,7 +82,7 @@ def test_what_flipped_the_undefended_model_is_tried_on_it_and_all_are_put_into_a
     shown = muroan("defenses", f"runs=[{folder / 'attacks'}]", f"out={folder / 'grid'}", cwd=folder).stdout
     rows = rows_of(shown)
     assert [row[0] for row in rows[2:]] == ["undefended", "plain_training (control)", "adversarial_training"]
-    assert rows[0][4:6] == ["decoupling_reference", "transferred"]
+    assert rows[0][5:7] == ["decoupling_reference", "transferred"]
     assert "adversarial_training did" in shown or "adversarial_training helped" in shown
     assert (folder / "grid/defenses.png").read_bytes().startswith(b"\x89PNG")
 

@@ -21,7 +21,7 @@ from muroan.runs import Run, find_runs, flat
 UNDEFENDED = "undefended"
 WORST = "worst case"
 
-METRICS = ["clean_accuracy", "robust_accuracy", "attack_success_rate", "decoupled_fraction_mean"]
+METRICS = ["clean_accuracy", "robust_accuracy", "robust_to_valid", "attack_success_rate", "decoupled_fraction_mean"]
 METRICS += ["decoupled_fraction_median", "curve_area", "queries"]
 
 
@@ -32,14 +32,22 @@ class Outcome:
     Attributes:
         right: whether the model is right without attack.
         size: the smallest decoupled fraction, in percent, at which any attack flipped it; infinite if none did.
+        valid: likewise, of the flips that leave the label right; NaN where the dataset cannot tell.
     """
 
     right: bool
     size: float
+    valid: float
 
     @property
-    def robust(self) -> bool:
-        return self.right and self.size == np.inf
+    def robust(self) -> float:
+        """100 if it is right and no attack flips it, else 0."""
+        return 100.0 * (self.right and self.size == np.inf)
+
+    @property
+    def robust_to_valid(self) -> float:
+        """The same, where only flips that leave the label right count."""
+        return np.nan if np.isnan(self.valid) else 100.0 * (self.right and self.valid == np.inf)
 
     @property
     def area(self) -> float:
@@ -88,10 +96,12 @@ class Defended:
             for run in row.runs if row is not None and row.kind == "removal" else ():
                 if run.about.get("seed") != seed:
                     continue
+                judged = any(r.still_valid is not None for r in run.records)
                 for r in run.records:
                     size = r.decoupled_fraction if r.flipped else np.inf
-                    known = found.get(r.id, Outcome(r.clean_label == r.label, np.inf))
-                    found[r.id] = Outcome(known.right, min(known.size, size))
+                    valid = (size if r.still_valid else np.inf) if judged else np.nan
+                    known = found.get(r.id, Outcome(r.clean_label == r.label, np.inf, valid))
+                    found[r.id] = Outcome(known.right, min(known.size, size), float(np.minimum(known.valid, valid)))
         return found
 
 
@@ -101,14 +111,21 @@ class Difference:
 
     Attributes:
         robust: difference of the robust accuracies under all removal attacks together.
+        valid: the same, counting only flips that leave the label right; without a value where the dataset cannot tell.
         area: difference of the areas under the success curves: below 0, flips need larger removals.
         samples, seeds: how many were paired.
     """
 
     robust: Estimate
+    valid: Estimate
     area: Estimate
     samples: int
     seeds: int
+
+    @property
+    def decisive(self) -> Estimate:
+        """What a defence is judged by: a flip after which another label is right is none that it should prevent."""
+        return self.robust if self.valid["value"] is None else self.valid
 
 
 @dataclass(frozen=True)
@@ -123,21 +140,24 @@ class Verdict:
     @property
     def helped(self) -> bool:
         """Whether it is more robust than the best control, beyond what chance explains."""
-        return self.beyond is not None and (self.beyond.robust["low"] or 0) > 0
+        return self.beyond is not None and (self.beyond.decisive["low"] or 0) > 0
 
     @property
     def line(self) -> str:
         """The finding in one line."""
         if self.beyond is None or self.control is None:
             return f"{self.defense.name}: there is no control to compare with, so that no claim can be made."
-        robust, area = self.beyond.robust, self.beyond.area
-        lost = robust["high"] is not None and robust["high"] < 0
+        judged, robust, area = self.beyond.decisive, self.beyond.robust, self.beyond.area
+        lost = judged["high"] is not None and judged["high"] < 0
         what = "did worse than a control" if lost else "did not help beyond its controls"
         what = "helped beyond its controls" if self.helped else what
+        gains = f"robust accuracy {_points(robust)} against {self.control.name}"
+        if judged is not robust:
+            gains = f"robust accuracy to valid flips {_points(judged)} against {self.control.name}, "
+            gains += f"to all flips {_points(robust)}"
         return (
-            f"{self.defense.name} {what}: robust accuracy {_points(robust)} against {self.control.name}, curve area "
-            f"{_points(area)} (below 0, flips need larger removals); {whole(self.beyond.samples)} paired samples, "
-            f"{self.beyond.seeds} seed{'s' if self.beyond.seeds != 1 else ''}."
+            f"{self.defense.name} {what}: {gains}, curve area {_points(area)} (below 0, flips need larger removals); "
+            f"{whole(self.beyond.samples)} paired samples, {self.beyond.seeds} seed{'s'[: self.beyond.seeds != 1]}."
         )
 
 
@@ -159,24 +179,27 @@ class Grid:
         return f"{self.dataset} · {self.model}"
 
     def worst(self, defense: Defended) -> dict[str, Estimate]:
-        """Robust accuracy and curve area under all removal attacks together."""
+        """Robust accuracies and curve area under all removal attacks together."""
         by_seed = [list(defense.outcomes(seed, self.attacks).values()) for seed in defense.seeds]
         by_seed = [outcomes for outcomes in by_seed if outcomes]
-        robust = [np.array([100.0 * o.robust for o in outcomes]) for outcomes in by_seed]
-        area = [np.array([o.area for o in outcomes if o.right]) for outcomes in by_seed]
-        return {"robust_accuracy": pooled(robust), "curve_area": pooled(area)}
+        return {
+            "robust_accuracy": pooled([np.array([o.robust for o in outcomes]) for outcomes in by_seed]),
+            "robust_to_valid": pooled([np.array([o.robust_to_valid for o in outcomes]) for outcomes in by_seed]),
+            "curve_area": pooled([np.array([o.area for o in outcomes if o.right]) for outcomes in by_seed]),
+        }
 
     def difference(self, a: Defended, b: Defended) -> Difference | None:
         """`a` less `b`; None where they share no sample."""
-        robust, area = [], []
+        robust, valid, area = [], [], []
         for seed in (seed for seed in a.seeds if seed in b.seeds):
             attacks = [name for name in self.attacks if name in a.attacks and name in b.attacks]
             first, second = a.outcomes(seed, attacks), b.outcomes(seed, attacks)
             both = [(first[key], second[key]) for key in first if key in second]
-            robust.append(np.array([100.0 * (x.robust - y.robust) for x, y in both]))
+            robust.append(np.array([x.robust - y.robust for x, y in both]))
+            valid.append(np.array([x.robust_to_valid - y.robust_to_valid for x, y in both]))
             area.append(np.array([x.area - y.area for x, y in both if x.right and y.right]))
         samples = sum(map(len, robust))
-        return Difference(pooled(robust), pooled(area), samples, len(robust)) if samples else None
+        return Difference(pooled(robust), pooled(valid), pooled(area), samples, len(robust)) if samples else None
 
     def verdicts(self) -> list[Verdict]:
         """One for each defence that is no control."""
@@ -188,14 +211,14 @@ class Grid:
                 continue
             against = [(c, difference) for c in controls if (difference := self.difference(defense, c)) is not None]
             # The best control is the one that leaves the least gain.
-            best, beyond = min(against, key=lambda pair: pair[1].robust["value"] or 0.0, default=(None, None))
+            best, beyond = min(against, key=lambda pair: pair[1].decisive["value"] or 0.0, default=(None, None))
             gain = None if plain is None else self.difference(defense, plain)
             found.append(Verdict(defense, gain, best, beyond))
         return found
 
 
 def grids(runs: Sequence[Run]) -> list[Grid]:
-    """The runs by dataset and model, each with its defences.
+    """The runs by dataset and model, each with its defences. Attacks on a smoothed vote are left to `muroan certify`.
 
     Raises:
         MuroanError: no run is of a hardened model.
@@ -205,6 +228,7 @@ def grids(runs: Sequence[Run]) -> list[Grid]:
             "no run is of a hardened model: `muroan harden defense=NAME`, then `muroan attack defense=NAME`, and name "
             "the folders of these attacks and of those on the undefended model in runs"
         )
+    runs = [run for run in runs if not run.about.get("smoothed")]
     found = []
     for place in dict.fromkeys((run.dataset, str(run.about["model"])) for run in runs):
         own = [run for run in runs if (run.dataset, str(run.about["model"])) == place]
@@ -222,17 +246,16 @@ def _defenses(runs: Sequence[Run]) -> list[Defended]:
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(_setup(run), []).append(run)
-    budgets: dict[str, set[Any]] = {}
+    variants: dict[str, set[tuple[str, ...]]] = {}
     for run in runs:
-        budgets.setdefault(run.attack, set()).add(_budget(run))
+        variants.setdefault(run.attack, set()).add(_variant(run))
     names = _names(groups)
     found = []
     for key, group in groups.items():
         attacks: dict[str, list[Run]] = {}
         for run in group:
-            name = run.attack
-            if len(budgets[run.attack]) > 1:
-                name += f" ({whole(_budget(run))} queries)" if _budget(run) else " (no limit)"
+            told = [word for word in _variant(run) if any(word not in other for other in variants[run.attack])]
+            name = f"{run.attack} ({', '.join(told)})" if told else run.attack
             attacks.setdefault(name, []).append(run)
         control = any((run.about.get("training") or {}).get("control") for run in group)
         rows = {name: Row(tuple(_one_a_seed(names[key], name, own)), name) for name, own in sorted(attacks.items())}
@@ -263,8 +286,12 @@ def _options(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"defense": defense, "hardening": config.get("hardening") or {}}
 
 
-def _budget(run: Run) -> Any:
-    return ((run.about.get("identity") or {}).get("threat_model") or {}).get("max_queries")
+def _variant(run: Run) -> tuple[str, ...]:
+    """What tells an attack from the same one under other conditions."""
+    identity = run.about.get("identity") or {}
+    attack, budget = identity.get("attack"), (identity.get("threat_model") or {}).get("max_queries")
+    valid_only = isinstance(attack, dict) and attack.get("valid_only")
+    return f"{whole(budget)} queries" if budget else "no limit", "valid flips" if valid_only else "all flips"
 
 
 def _names(groups: Mapping[str, Sequence[Run]]) -> dict[str, str]:
@@ -327,7 +354,8 @@ def _points(estimate: Estimate) -> str:
     return f"{estimate['value']:+.1f} points [{estimate['low']:+.1f}, {estimate['high']:+.1f}]"
 
 
-HEAD = ["defence", "clean accuracy (%)", f"robust accuracy, {WORST} (%)", f"curve area, {WORST} (%)"]
+HEAD = ["defence", "clean accuracy (%)", f"robust accuracy, {WORST} (%)", "to valid flips (%)"]
+HEAD += [f"curve area, {WORST} (%)"]
 COST = ["training samples", "attack passes", "seconds"]
 
 
@@ -335,7 +363,7 @@ def _cells(grid: Grid, defense: Defended) -> list[str]:
     clean = next(iter(defense.attacks.values())).summary["clean_accuracy"]
     worst = grid.worst(defense)
     cells = [defense.name + (" (control)" if defense.control else "")]
-    for estimate in (clean, worst["robust_accuracy"], worst["curve_area"]):
+    for estimate in (clean, worst["robust_accuracy"], worst["robust_to_valid"], worst["curve_area"]):
         span = interval(estimate, "rate")
         cells.append(figure(estimate["value"], "rate") + (f" [{span}]" if span else ""))
     for name in grid.attacks:
@@ -355,8 +383,9 @@ def _cells(grid: Grid, defense: Defended) -> list[str]:
 NOTE = (
     "By attack: robust accuracy, in brackets the success rate and the mean decoupled (or changed) fraction of the "
     "flips, all in percent. Worst case: a sample counts as robust if none of the removal attacks flips it, and the "
-    "smallest of their flips goes into the curve. Cost: samples trained on, repeats counted, passes of the training's "
-    "own attack, wall time; means over seeds. Brackets after a figure: 95 % bootstrap interval."
+    "smallest of their flips goes into the curve. Valid flips are those after which the label is still right, says the "
+    "dataset; where it can tell, a defence is judged by them. Cost: samples trained on, repeats counted, passes of the "
+    "training's own attack, wall time; means over seeds. Brackets after a figure: 95 % bootstrap interval."
 )
 
 
