@@ -5,7 +5,7 @@
 
 Every model is attacked by the attack that its defence was trained on, by the others, by the removals that flip the
 undefended model, by ours in search of flips that leave the label right (`valid` names the defences that this is done
-for), and by ours with ten times the budget (`strong`). MMCert is certified, and its vote attacked, on `certified`
+for), and by that with ten times the budget (`strong`). MMCert is certified, and its vote attacked, on `certified`
 samples.
 """
 
@@ -26,7 +26,7 @@ DEFENSES += ["adversarial_training", "adversarial_training_offline", "adversaria
 DEFENSES += ["embedding_adversarial_training"]
 ATTACKS = ["decoupling", "decoupling_fast", "decoupling_reference", "random_removal", "pgd_linf"]
 VALID = "attack.valid_only=true"
-TEN_TIMES = ["threat_model.max_queries=5000", "attack.patience=3000"]
+TEN_TIMES = [VALID, "threat_model.max_queries=5000", "attack.patience=3000"]
 EVERY = ",".join(["none", *DEFENSES])
 FULL = {
     "defenses": ",".join(DEFENSES),

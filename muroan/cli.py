@@ -419,12 +419,12 @@ def harden(config: DictConfig) -> None:
 
     if not config.defense:
         raise MuroanError(f"harden needs a defence, such as defense=adversarial_training: {', '.join(of('defense'))}")
-    if already_trained(config):
-        return
     options = config.hardening
     check_epochs("hardening.epochs", options.epochs)
     if options.start not in ("trained", "scratch"):
         raise MuroanError(f"hardening.start must be trained or scratch, got {options.start!r}")
+    if already_trained(config):
+        return
     data, model = build(config)
     start = find_checkpoint(config, model) if options.start == "trained" else None
     if start is not None:

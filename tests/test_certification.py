@@ -304,7 +304,7 @@ def test_the_command(trained: Path, tmp_path: Path):
     """Certify a trained model in two processes, attack its vote, hold one against the other."""
     keep = ("defense=mmcert", "defense.keep.image=0.3", "defense.keep.text=null", "defense.element.image=8")
     options = (*SMALL, *keep, "dataset.test_limit=8", "certification.samples=40", "certification.selection=10")
-    where = (f"folders.train={trained}", "tracker=none")
+    where = (f"checkpoint={trained / 'best.ckpt'}", "tracker=none")
     run("certify", *options, *where, f"out={tmp_path / 'run'}", "device=ddp_cpu", cwd=tmp_path)
     certificates = CertificateFolder(tmp_path / "run").records()
     assert [c.index for c in certificates] == list(range(8))

@@ -99,13 +99,14 @@ def test_refusals_are_one_line(place: tuple[Path, list[str]], tmp_path: Path) ->
         (): "harden needs a defence, such as defense=adversarial_training",
         ("defense=modality_dropout", "defense.ratio=2"): "defense.ratio is the share of a batch",
         ("defense=plain_training", "hardening.start=else"): "hardening.start must be trained or scratch, got 'else'",
-        ("defense=plain_training", f"folders.train={tmp_path}"): "run `muroan train",
+        ("defense=noise_augmentation", f"folders.train={tmp_path}"): "run `muroan train",
     }
     for more, expected in list(refused.items()):
         assert expected in one_line(muroan("harden", *HARDEN, *options, *more, cwd=folder, check=False))
-    message = one_line(muroan("attack", *options, "defense=noise_augmentation", cwd=folder, check=False))
+    message = one_line(muroan("attack", *options, "defense=modality_dropout", cwd=folder, check=False))
     assert "no hardened model in" in message
-    assert "run `muroan harden defense=noise_augmentation" in message.replace("folders", " folders")
+    assert "run `muroan harden " in message
+    assert "defense=modality_dropout" in message
 
 
 @pytest.mark.slow
