@@ -57,7 +57,7 @@ def test_help_teaches_commands_and_choices(tmp_path: Path) -> None:
 def test_unknown_command_lists_the_commands(tmp_path: Path) -> None:
     message = one_line(muroan("atack", cwd=tmp_path, check=False))
     assert "'atack'" in message
-    assert "train, attack, report" in message
+    assert "train, harden, attack, certify, report" in message
 
 
 def test_unknown_choice_lists_the_choices(tmp_path: Path) -> None:
