@@ -12,11 +12,13 @@ samples.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 from sweep import OUT, TRAINED, Sweep, command, muroan
 
 from muroan import cli
+from muroan.errors import MuroanError
 from muroan.report import defenses
 from muroan.report.cells import Cell
 from muroan.report.tables import figure
@@ -123,7 +125,10 @@ def main() -> None:
             gathered.add(defense, sweep.cells(dataset, ["decoupling"], *TEN_TIMES, defense=defense))
         if sweep.chosen["certified"] != "0":
             lines += certified(sweep, dataset, sweep.chosen["certified"])
-    page = defenses.write(gathered.folders, OUT / "defense", "defense")
+    try:
+        page = defenses.write(gathered.folders, OUT / "defense", "defense")
+    except MuroanError as error:
+        sys.exit("".join([*gathered.missing, str(error)]))
     parts = [page.read_text(), *gathered.missing]
     parts += ["\nMMCert, a vote over ablated inputs:\n\n", *lines] if lines else []
     page.write_text("".join(parts))

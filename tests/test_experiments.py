@@ -269,9 +269,11 @@ class TestCommands:
         assert re.search(r"- adversarial_training (helped|did)", page)
         assert "not run" not in page
         assert re.search(r"late_fusion, seed 0: .* \(of 8 samples, .* certificates broken: 0\n", page)
-        here(monkeypatch, workplace, "defense", "quick", "tabulate", "defenses=modality_dropout")
+        here(monkeypatch, workplace, "defense", "quick", "tabulate", "defenses=plain_training,modality_dropout")
         page = (workplace / OUT / "defense/defense.md").read_text()
         assert "- not run: easy_vqa · late_fusion, modality_dropout, decoupling, seed 0" in page
+        with pytest.raises(SystemExit, match="no run is of a hardened model"):
+            here(monkeypatch, workplace, "defense", "quick", "tabulate", "defenses=modality_dropout")
 
     def test_missing_cells_are_named(self, workplace, monkeypatch):
         here(monkeypatch, workplace, "vulnerability", "quick", "tabulate", "seeds=0,1", "models=late_fusion,mmbt")
