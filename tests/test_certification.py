@@ -299,7 +299,7 @@ def test_the_folder_tells_the_vote_from_the_model():
     assert job("defense=mmcert", "certification.batch_size=3", command="certify").out == one
 
 
-@pytest.mark.xdist_group("cli")
+@pytest.mark.slow  # `experiments/defense.py quick` certifies in CI
 def test_the_command(trained: Path, tmp_path: Path):
     """Certify a trained model in two processes, attack its vote, hold one against the other."""
     keep = ("defense=mmcert", "defense.keep.image=0.3", "defense.keep.text=null", "defense.element.image=8")

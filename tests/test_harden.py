@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 from conftest import SMALL, environment, muroan
-from test_cli import one_line, wait_for_lines
+from test_cli import wait_for_lines
 from test_compare import rows_of
 
+from muroan import cli
 from muroan.results import read_records
 
 HARDEN = (
@@ -68,6 +69,7 @@ def test_an_attack_on_it_says_what_it_attacked(hardened: Path) -> None:
     assert runs["adversarial_training"]["training"]["cost"]["attack_forwards"] > 0
 
 
+@pytest.mark.slow
 def test_what_flipped_the_undefended_model_is_tried_on_it_and_all_are_put_into_a_grid(
     hardened: Path, place: tuple[Path, list[str]]
 ) -> None:
@@ -93,20 +95,28 @@ def test_a_finished_one_is_not_hardened_again(hardened: Path, place: tuple[Path,
     assert "already trained" in done.stdout
 
 
-def test_refusals_are_one_line(place: tuple[Path, list[str]], tmp_path: Path) -> None:
-    folder, options = place
-    refused = {
-        (): "harden needs a defence, such as defense=adversarial_training",
-        ("defense=modality_dropout", "defense.ratio=2"): "defense.ratio is the share of a batch",
-        ("defense=plain_training", "hardening.start=else"): "hardening.start must be trained or scratch, got 'else'",
-        ("defense=noise_augmentation", f"folders.train={tmp_path}"): "run `muroan train",
-    }
-    for more, expected in list(refused.items()):
-        assert expected in one_line(muroan("harden", *HARDEN, *options, *more, cwd=folder, check=False))
-    message = one_line(muroan("attack", *options, "defense=modality_dropout", cwd=folder, check=False))
-    assert "no hardened model in" in message
-    assert "run `muroan harden " in message
-    assert "defense=modality_dropout" in message
+@pytest.mark.parametrize(
+    ("command", "words", "message"),
+    [
+        ("harden", (), "harden needs a defence, such as defense=adversarial_training: adversarial_training, "),
+        ("harden", ("defense=modality_dropout", "defense.ratio=2"), "defense.ratio is the share of a batch"),
+        ("harden", ("defense=plain_training", "hardening.start=else"), "hardening.start must be trained or scratch"),
+        ("harden", ("defense=plain_training", "hardening.epochs=0"), "hardening.epochs must be at least 1, got 0"),
+        ("harden", ("defense=plain_training", "hardening.start=trained"), "no trained model in .*: run `muroan train"),
+        ("attack", ("defense=plain_training", "seed=3"), "no hardened model in .*: run `muroan harden .*seed=3"),
+    ],
+)
+def test_refusals_are_one_line(
+    command: str, words: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: Path
+) -> None:
+    """In this process: what `main` exits with is the line that the shell shows."""
+    monkeypatch.chdir(tmp_path)
+    if "defense.ratio=2" in words:
+        words = (*words, f"folders.train={trained}")
+    monkeypatch.setattr(sys, "argv", ["muroan", command, *HARDEN, "tracker=none", *words])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "")
+    with pytest.raises(SystemExit, match=f"muroan {command}: {message}"):
+        cli.main()
 
 
 @pytest.mark.slow
