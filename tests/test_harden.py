@@ -43,6 +43,7 @@ def hardened(place: tuple[Path, list[str]]) -> Path:
     return folder
 
 
+@pytest.mark.slow  # so are all with hardened models: `experiments/defense.py quick` hardens, attacks and compares in CI
 def test_the_summary_tells_what_it_took(hardened: Path) -> None:
     plain, trained = (
         json.loads((hardened / "models" / name / "summary.json").read_text())
@@ -59,6 +60,7 @@ def test_the_summary_tells_what_it_took(hardened: Path) -> None:
     assert (hardened / "models/adversarial_training/best.ckpt").exists()
 
 
+@pytest.mark.slow
 def test_an_attack_on_it_says_what_it_attacked(hardened: Path) -> None:
     runs = {
         name: json.loads((hardened / f"attacks/{name}-decoupling_reference/run.json").read_text())
@@ -89,6 +91,7 @@ def test_what_flipped_the_undefended_model_is_tried_on_it_and_all_are_put_into_a
     assert (folder / "grid/defenses.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_finished_one_is_not_hardened_again(hardened: Path, place: tuple[Path, list[str]]) -> None:
     folder, options = place
     done = muroan("harden", *HARDEN, *options, "defense=plain_training", cwd=folder)
