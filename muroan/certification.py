@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from muroan.callbacks import autocast_precision
 from muroan.data.samples import Batch, Sample
 from muroan.defenses.certificate import alone, along_diagonal, bounds, is_certified
 from muroan.defenses.mmcert import Ablation
@@ -250,8 +251,7 @@ class CertificationCallback(pl.Callback):
                 f"CertificationCallback needs a LightningModule with a MultimodalModel as `model`, "
                 f"{type(pl_module).__name__}.model is {type(model).__name__}"
             )
-        precision = {"bf16-mixed": "bf16", "16-mixed": "16"}.get(str(trainer.precision), "32")
-        self.certifier = Certifier(model, self.ablation, precision=precision, **self.options)
+        self.certifier = Certifier(model, self.ablation, precision=autocast_precision(trainer), **self.options)
         self._folder = CertificateFolder(self.path, trainer.global_rank)
         if trainer.is_global_zero:
             self._folder.start(self.run)

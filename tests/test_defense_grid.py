@@ -93,6 +93,7 @@ def test_the_verdict_by_hand(tmp_path: Path) -> None:
     assert verdict.beyond.area["value"] == pytest.approx(((20 - 80) + (80 - 0) + (0 - 80)) / 3)
     assert not verdict.helped
     assert verdict.line.startswith("hard did not help beyond its controls: robust accuracy +25.0 points [")
+    assert "(against the undefended model +75.0 points [" in verdict.line
     assert verdict.undefended is not None
     assert verdict.undefended.robust["value"] == 75.0, "by decoupling alone, which both were attacked by"
 

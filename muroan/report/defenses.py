@@ -155,6 +155,8 @@ class Verdict:
         if judged is not robust:
             gains = f"robust accuracy to valid flips {_points(judged)} against {self.control.name}, "
             gains += f"to all flips {_points(robust)}"
+        if self.undefended is not None:
+            gains += f" (against the undefended model {_points(self.undefended.decisive)})"
         return (
             f"{self.defense.name} {what}: {gains}, curve area {_points(area)} (below 0, flips need larger removals); "
             f"{whole(self.beyond.samples)} paired samples, {self.beyond.seeds} seed{'s'[: self.beyond.seeds != 1]}."
