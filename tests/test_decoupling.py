@@ -448,6 +448,23 @@ def test_patience_ends_the_search():
 
 
 @pytest.mark.parametrize("name", ["block and word", "two distant", "three", "decoys, block and word"])
+def test_the_first_flip_will_do(name):
+    """It is the first that the same search meets; without one, the whole budget is asked, whatever the patience."""
+    model = TOYS[name][0]()
+    first = one(model, Decoupling(first=True, patience=None), queries=2000)
+    assert first.attack == "decoupling_first"
+    assert first.flipped
+    asked, _ = first.trajectory[0]
+    assert first.queries - asked < 100  # the round that it was met in
+    assert first.queries < one(model, queries=2000).queries
+    never = flips_when(lambda p: p.gone(word(0)) & ~p.gone(word(0)))
+    held = one(never, Decoupling(first=True, patience=None), queries=2000)
+    assert (held.status, held.queries) == ("budget_exhausted", 2000)
+    with pytest.raises(MuroanError, match=r"attack\.patience=null never ends without a budget"):
+        one(model, Decoupling(first=True, patience=None), queries=None)
+
+
+@pytest.mark.parametrize("name", ["block and word", "two distant", "three", "decoys, block and word"])
 @pytest.mark.parametrize("queries", [40, 120, 500])
 def test_the_trajectory_leads_to_the_result(name, queries):
     record = one(TOYS[name][0](), queries=queries)
@@ -760,8 +777,8 @@ def test_validity_needs_someone_who_can_tell():
         ({"embedding": 2.5}, r"attack\.embedding must be .*, got 2\.5"),
         ({"embedding": float("nan")}, r"attack\.embedding must be .*, got nan"),
         ({"embedding": True}, r"attack\.embedding must be .*, got True"),
-        ({"patience": 0}, r"attack\.patience must be at least 1, got 0"),
-        ({"patience": None}, r"attack\.patience must be .*, got None"),
+        ({"patience": 0}, r"attack\.patience must be at least 1, or null, got 0"),
+        ({"patience": 1.5}, r"attack\.patience must be .*, got 1\.5"),
         ({"modalities": []}, r"attack\.modalities .*got \[\]"),
         ({"modalities": "image"}, r"attack\.modalities .*got 'image'"),
         ({"modalities": ["image", "image"]}, r"attack\.modalities .*got \['image', 'image'\]"),

@@ -69,7 +69,8 @@ class Decoupling(Attack):
         embedding: without labels: decouple until the largest entry of the fusion embedding is another one (`argmax`),
             or until its cosine distance to the clean one reaches this number (0 to 2).
         valid_only: accept and ask only removals after which the label is still right, as the dataset tells.
-        patience: stop after so many queries without a smaller flip.
+        patience: stop after so many queries without a smaller flip; null for never.
+        first: any flip will do, however large: for robust accuracy under a large budget, without minimising.
 
     Raises:
         MuroanError: an option that does not exist or does not fit the model; a budget below what the first phase
@@ -83,7 +84,8 @@ class Decoupling(Attack):
         target: int | None = None,
         embedding: Literal["argmax"] | float | None = None,
         valid_only: bool = False,
-        patience: int = 300,
+        patience: int | None = 300,
+        first: bool = False,
     ):
         if objective not in ("fraction", "normalised", "parts"):
             raise MuroanError(f"attack.objective must be fraction, normalised or parts, got {objective!r}")
@@ -94,18 +96,19 @@ class Decoupling(Attack):
         number = isinstance(embedding, int | float) and not isinstance(embedding, bool)
         if embedding not in (None, "argmax") and not (number and 0 < float(embedding) <= 2):  # type: ignore[arg-type]
             raise MuroanError(f"attack.embedding must be argmax or a cosine distance in (0, 2], got {embedding!r}")
-        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
-            raise MuroanError(f"attack.patience must be at least 1, got {patience}")
+        if patience is not None and (isinstance(patience, bool) or not isinstance(patience, int) or patience < 1):
+            raise MuroanError(f"attack.patience must be at least 1, or null, got {patience!r}")
         listed = modalities is None or (not isinstance(modalities, str) and len(modalities) > 0)
         if not listed or len(set(modalities or ())) < len(modalities or ()):
             raise MuroanError(f"attack.modalities must be a list of different names, or null, got {modalities!r}")
-        self.objective, self.valid_only, self.patience = objective, valid_only, patience
+        self.objective, self.valid_only, self.first = objective, valid_only, first
+        self.patience = math.inf if patience is None else patience
         self.modalities = None if modalities is None else list(modalities)
         self.target, self.embedding = target, embedding
         self._universes: dict[object, Universe] = {}
         # A record must not look as if it came from the untargeted, joint attack.
         goal = ["targeted"] if target is not None else ["embedding"] if embedding is not None else []
-        self.name = "_".join(["decoupling", *(self.modalities or []), *goal])
+        self.name = "_".join(["decoupling", *(self.modalities or []), *goal, *(["first"] if first else [])])
 
     # -- the goal -------------------------------------------------------------------------------------------
 
@@ -149,9 +152,13 @@ class Decoupling(Attack):
             raise MuroanError(f"attack.modalities names {absent}, the model has {list(sample.modalities)}")
         if self.valid_only and sample.valid is None:
             raise MuroanError("attack.valid_only needs a dataset that can tell whether a label is still right")
+        if sample.threat_model.max_queries is None and self.patience == math.inf:
+            raise MuroanError("attack.patience=null never ends without a budget: set threat_model.max_queries")
         hunt = Hunt(self, sample, self.universe(sample, names))
         try:
             yield from hunt.run()
+        except Enough:
+            pass
         except BudgetExhausted as refusal:
             hunt.learn(hunt.asking, refusal.responses)
         sample.info["atoms"] = len(hunt.universe.atoms)
@@ -161,6 +168,10 @@ class Decoupling(Attack):
             return None
         sample.proven = hunt.proven
         return hunt.universe.removal(hunt.best)
+
+
+class Enough(Exception):
+    """A flip is known, and any will do."""
 
 
 class Hunt:
@@ -232,6 +243,8 @@ class Hunt:
             removals = [self.universe.removal(chosen) for chosen in self.asking]
             until = self.flips if until_flip else None
             self.learn(self.asking, (yield Ask(removals, phase, until)))
+            if self.attack.first and self.best is not None:
+                raise Enough
         self.asking = []
 
     def allowed(self, chosen: np.ndarray) -> bool:
