@@ -5,8 +5,8 @@
 
 Every model is attacked by the attack that its defence was trained on, by the others, by the removals that flip the
 undefended model, by ours in search of flips that leave the label right (`valid` names the defences that this is done
-for), and by that with ten times the budget (`strong`), for which any flip will do. MMCert is certified, and its vote attacked, on `certified`
-samples.
+for), and by that with ten times the budget, for which any flip will do (`strong`). MMCert is certified, and its vote
+attacked, on `certified` samples.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pathlib import Path
 
 from sweep import OUT, TRAINED, Sweep, command, muroan
 
-from muroan import cli
 from muroan.errors import MuroanError
+from muroan.jobs import planned
 from muroan.report import defenses
 from muroan.report.cells import Cell
 from muroan.report.tables import figure
@@ -85,7 +85,7 @@ def certified(sweep: Sweep, dataset: str, samples: str) -> list[str]:
         words = [*TRAINED[dataset], *options, *sweep.options, "defense=mmcert", f"model={one.models[0]}"]
         words += [f"seed={one.seeds[0]}", f"dataset.test_limit={samples}"]
         words += [f"certification.attacked=[{','.join(map(str, attacked.folders))}]"]
-        ((folder, _),) = next(cli.planned("certify", [words], one.seeds))
+        ((folder, _),) = next(planned("certify", [words], one.seeds))
         if not sweep.tabulate:
             muroan("certify", *words)
         if (file := folder / "summary.json").exists():

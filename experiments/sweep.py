@@ -23,6 +23,7 @@ from pathlib import Path
 
 from muroan import cli
 from muroan.errors import MuroanError
+from muroan.jobs import planned
 from muroan.report.cells import Cell, Known, Table, read_cell
 
 OUT = Path("outputs/experiments")
@@ -51,7 +52,7 @@ KNOWN = [
     ),
 ]
 
-Planned = dict[tuple[str, str], list[tuple[Path, dict]]]  # (model, attack) -> folder and identity, one a seed
+Plan = dict[tuple[str, str], list[tuple[Path, dict]]]  # (model, attack) -> folder and identity, one a seed
 
 
 class Sweep:
@@ -113,8 +114,8 @@ class Sweep:
         chosen = [(model, attack) for model in self.models for attack in attacks]
         jobs = [[*shared, f"model={model}", f"attack={attack}", limit, folder] for model, attack in chosen]
         try:
-            planned = dict(zip(chosen, cli.planned("attack", jobs, self.seeds), strict=True))
-            found = self._read(dataset, planned)
+            plan = dict(zip(chosen, planned("attack", jobs, self.seeds), strict=True))
+            found = self._read(dataset, plan)
         except MuroanError as error:
             sys.exit(str(error))
         every = [cell for cells in found.values() for cell in cells]
@@ -128,14 +129,14 @@ class Sweep:
         if defense != "none":
             muroan("harden", "-m", *ready)
         muroan("attack", "-m", *shared, *axes, f"attack={_listed(c.attack for c in left)}", limit, folder)
-        return self._read(dataset, planned)
+        return self._read(dataset, plan)
 
-    def _read(self, dataset: str, planned: Planned) -> dict[tuple[str, str], tuple[Cell, ...]]:
+    def _read(self, dataset: str, plan: Plan) -> dict[tuple[str, str], tuple[Cell, ...]]:
         return {
             (model, attack): tuple(
                 read_cell(dataset, model, attack, seed, *place) for seed, place in zip(self.seeds, places, strict=True)
             )
-            for (model, attack), places in planned.items()
+            for (model, attack), places in plan.items()
         }
 
 

@@ -19,7 +19,7 @@ from muroan.engine import QueryEngine
 from muroan.errors import MuroanError
 from muroan.metrics import AttackSuccessRate, CleanAccuracy, DecoupledFraction, QueryCount, RobustAccuracy
 from muroan.models.base import MultimodalModel
-from muroan.results import AttackResult, RunFolder
+from muroan.results import AttackResult, RecordFolder, RunFolder
 
 RUNNING_POINTS = 100  # how often the figures so far are logged in a run
 DONORS = 64  # validation samples that an attack may take parts from
@@ -81,20 +81,83 @@ class RobustValidation(pl.Callback):
         pl_module.log("val/attack_success_rate", success.compute().float())
 
 
-class AttackCallback(pl.Callback):
-    """Attacks the samples of every test batch; records stream to a run folder as samples finish.
+class RecordingCallback(pl.Callback):
+    """Makes a record of every test sample; records stream to a run folder as they come.
 
-    The engine keeps searches alive across test batches, so that its own batches stay full. A sample that has a
-    record in the folder already is not attacked again. With several processes each attacks the samples that its
-    loader gives it, and the records of all are merged at the end.
+    A sample that has a record in the folder already is not asked about again. With several processes each sees to the
+    samples that its loader gives it, and the records of all are merged at the end.
+
+    Args:
+        what: is done to the samples: the progress bar's name.
+        folder: the kind of the run's folder; path: where it is.
+        run: what `run.json` shall say, with at least `identity`.
+        progress: show a progress bar (in the first process).
+
+    After the test, `records` holds all records (in the first process).
+    """
+
+    def __init__(self, what: str, folder: type[RecordFolder], path: str | Path, run: Mapping[str, Any], progress: bool):
+        self.what, self.folder, self.path, self.run, self.progress = what, folder, Path(path), dict(run), progress
+        self.records: list[Any] = []
+
+    def model(self, pl_module: pl.LightningModule) -> MultimodalModel:
+        """The model of the module that is tested.
+
+        Raises:
+            MuroanError: it has none.
+        """
+        model = getattr(pl_module, "model", None)
+        if not isinstance(model, MultimodalModel):
+            raise MuroanError(
+                f"{type(self).__name__} needs a LightningModule with a MultimodalModel as `model`, "
+                f"{type(pl_module).__name__}.model is {type(model).__name__}"
+            )
+        return model
+
+    def start(self, trainer: pl.Trainer) -> list[Any]:
+        """Claim the folder, which is for when all options are known to be good; returns the records that it holds."""
+        self._folder = self.folder(self.path, trainer.global_rank)
+        if trainer.is_global_zero:
+            self._folder.start(self.run)
+        trainer.strategy.barrier("the run's folder is ready")
+        loaders: Any = trainer.test_dataloaders
+        self.total = sum(len(loader.sampler) for loader in (loaders if isinstance(loaders, list) else [loaders]))
+        quiet = not (self.progress and trainer.is_global_zero)
+        self._bar = tqdm(total=self.total, desc=self.what, unit="sample", disable=quiet, dynamic_ncols=True)
+        return self._folder.records()
+
+    def take_unreadable(self, batch: Batch) -> None:
+        """Note the samples of a batch that could not be read."""
+        self._folder.append_unreadable(batch.bad)
+        self._bar.update(len(batch.bad))
+
+    def close(self) -> None:
+        self._bar.close()
+        self._folder.close()
+
+    def finish(self, trainer: pl.Trainer, **told: Any) -> None:
+        """Merge the records of all processes, when all have closed their folders."""
+        trainer.strategy.barrier("all records are written")
+        if trainer.is_global_zero:
+            self.records = self._folder.finish(**told)
+        trainer.strategy.barrier("records are merged")
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if hasattr(self, "_bar"):
+            self.close()
+
+
+class AttackCallback(RecordingCallback):
+    """Attacks the samples of every test batch; see `RecordingCallback` for what becomes of the records.
+
+    The engine keeps searches alive across test batches, so that its own batches stay full.
 
     Args:
         attack, threat_model, batch_size, seed, keep_media: see `QueryEngine`.
         folder: of the run; see `RunFolder`.
-        run: what `run.json` shall say, with at least `identity`.
-        progress: show a progress bar (in the first process).
+        run, progress: see `RecordingCallback`.
 
-    After the test, `records` holds all records (in the first process), and the metrics are logged as `attack/...`.
+    After the test, the metrics are logged as `attack/...`.
     Until then the means so far, over the first process's own samples, are logged as `running/...`, some hundred times
     a run; their step is the number of samples.
     """
@@ -110,22 +173,15 @@ class AttackCallback(pl.Callback):
         keep_media: int = 48,
         progress: bool = True,
     ):
-        self.attack, self.path, self.threat_model = attack, Path(folder), threat_model
-        self.run = {**run, "guided": attack.guided}
-        self.batch_size, self.seed, self.keep_media, self.progress = batch_size, seed, keep_media, progress
-        self.records: list[AttackResult] = []
+        super().__init__(attack.name, RunFolder, folder, {**run, "guided": attack.guided}, progress)
+        self.attack, self.threat_model = attack, threat_model
+        self.batch_size, self.seed, self.keep_media = batch_size, seed, keep_media
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        model = getattr(pl_module, "model", None)
-        if not isinstance(model, MultimodalModel):
-            raise MuroanError(
-                f"AttackCallback needs a LightningModule with a MultimodalModel as `model`, "
-                f"{type(pl_module).__name__}.model is {type(model).__name__}"
-            )
         data = getattr(trainer, "datamodule", None)
         multimodal = data if isinstance(data, MultimodalData) else None
         self.engine = QueryEngine(
-            model,
+            self.model(pl_module),
             self.attack,
             self.threat_model,
             self.batch_size,
@@ -135,12 +191,7 @@ class AttackCallback(pl.Callback):
             donors=donors(multimodal) if multimodal and self.attack.needs_donors else (),
             still_valid=multimodal.still_valid if multimodal else None,
         )
-        # The folder is claimed when all options are known to be good.
-        self._folder = RunFolder(self.path, trainer.global_rank)
-        if trainer.is_global_zero:
-            self._folder.start(self.run)
-        trainer.strategy.barrier("attack folder is ready")
-        self._done = {r.id: r for r in self._folder.records() if r.attack == self.attack.name}
+        self._done = {r.id: r for r in self.start(trainer) if r.attack == self.attack.name}
         self.metrics: dict[str, Metric] = {
             "clean_accuracy": CleanAccuracy(),
             "robust_accuracy": RobustAccuracy(),
@@ -150,12 +201,8 @@ class AttackCallback(pl.Callback):
         }
         for metric in self.metrics.values():
             metric.to(pl_module.device)
-        loaders: Any = trainer.test_dataloaders
-        total = sum(len(loader.sampler) for loader in (loaders if isinstance(loaders, list) else [loaders]))
-        quiet = not (self.progress and trainer.is_global_zero)
-        self._bar = tqdm(total=total, desc=self.attack.name, unit="sample", disable=quiet, dynamic_ncols=True)
         self._sums: Counter[str] = Counter()
-        self._stride = max(1, total // RUNNING_POINTS)
+        self._stride = max(1, self.total // RUNNING_POINTS)
 
     def on_test_batch_end(
         self,
@@ -166,30 +213,20 @@ class AttackCallback(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._folder.append_unreadable(batch.bad)
-        self._bar.update(len(batch.bad))
+        self.take_unreadable(batch)
         known = [self._done[s.id] for s in batch.samples if s.id in self._done]
         self._take(trainer, known, store=False)
         self._take(trainer, self.engine.push(s for s in batch.samples if s.id not in self._done))
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._take(trainer, self.engine.drain())
-        self._bar.close()
-        self._folder.close()
+        self.close()
         for name, metric in self.metrics.items():
             value = metric.compute()  # sums across processes
             for key, figure in (value if isinstance(value, dict) else {name: value}).items():
                 pl_module.log(f"attack/{key}", figure.float(), rank_zero_only=True)
         disagreements = torch.tensor(self.engine.statistics.disagreements, device=pl_module.device)
-        disagreements = trainer.strategy.reduce(disagreements, reduce_op="sum")  # also waits for all records
-        if trainer.is_global_zero:
-            self.records = self._folder.finish(disagreements=int(disagreements))
-        trainer.strategy.barrier("records are merged")
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if hasattr(self, "_bar"):
-            self._bar.close()
-            self._folder.close()
+        self.finish(trainer, disagreements=int(trainer.strategy.reduce(disagreements, reduce_op="sum")))
 
     def _take(self, trainer: pl.Trainer, results: Iterable[AttackResult], store: bool = True) -> None:
         for r in results:

@@ -19,9 +19,8 @@ import pytorch_lightning as pl
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from muroan.callbacks import autocast_precision
+from muroan.callbacks import RecordingCallback, autocast_precision
 from muroan.data.samples import Batch, Sample
 from muroan.defenses.certificate import alone, along_diagonal, bounds, is_certified
 from muroan.defenses.mmcert import Ablation
@@ -222,45 +221,25 @@ class Certifier:
         )
 
 
-class CertificationCallback(pl.Callback):
-    """Certifies the samples of every test batch; certificates stream to a run folder.
-
-    A sample that has a certificate in the folder already is not certified again. With several processes each certifies
-    the samples that its loader gives it, and all are merged at the end.
+class CertificationCallback(RecordingCallback):
+    """Certifies the samples of every test batch; see `RecordingCallback` for what becomes of the certificates.
 
     Args:
         ablation: what is kept; options: see `Certifier`.
         folder: of the run; see `CertificateFolder`.
-        run: what `run.json` shall say, with at least `identity`.
-        progress: show a progress bar (in the first process).
-
-    After the test, `records` holds all certificates (in the first process).
+        run, progress: see `RecordingCallback`.
     """
 
     def __init__(
         self, ablation: Ablation, folder: str | Path, run: Mapping[str, Any], progress: bool = True, **options: Any
     ):
-        self.ablation, self.path, self.run = ablation, Path(folder), dict(run)
-        self.progress, self.options = progress, options
-        self.records: list[Certificate] = []
+        super().__init__("certify", CertificateFolder, folder, run, progress)
+        self.ablation, self.options = ablation, options
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        model = getattr(pl_module, "model", None)
-        if not isinstance(model, MultimodalModel):
-            raise MuroanError(
-                f"CertificationCallback needs a LightningModule with a MultimodalModel as `model`, "
-                f"{type(pl_module).__name__}.model is {type(model).__name__}"
-            )
-        self.certifier = Certifier(model, self.ablation, precision=autocast_precision(trainer), **self.options)
-        self._folder = CertificateFolder(self.path, trainer.global_rank)
-        if trainer.is_global_zero:
-            self._folder.start(self.run)
-        trainer.strategy.barrier("certification folder is ready")
-        self._done = {record.id for record in self._folder.records()}
-        loaders: Any = trainer.test_dataloaders
-        total = sum(len(loader.sampler) for loader in (loaders if isinstance(loaders, list) else [loaders]))
-        quiet = not (self.progress and trainer.is_global_zero)
-        self._bar = tqdm(total=total, desc="certify", unit="sample", disable=quiet, dynamic_ncols=True)
+        model, precision = self.model(pl_module), autocast_precision(trainer)
+        self.certifier = Certifier(model, self.ablation, precision=precision, **self.options)
+        self._done = {record.id for record in self.start(trainer)}
 
     def on_test_batch_end(
         self,
@@ -271,8 +250,7 @@ class CertificationCallback(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._folder.append_unreadable(batch.bad)
-        self._bar.update(len(batch.bad))
+        self.take_unreadable(batch)
         for row, sample in enumerate(batch.samples):
             if sample.id not in self._done:
                 inputs = {name: x[batch.rows[name][row]] for name, x in batch.inputs.items()}
@@ -280,17 +258,8 @@ class CertificationCallback(pl.Callback):
             self._bar.update()
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._bar.close()
-        self._folder.close()
-        trainer.strategy.barrier("all samples are certified")
-        if trainer.is_global_zero:
-            self.records = self._folder.finish()
-        trainer.strategy.barrier("certificates are merged")
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if hasattr(self, "_bar"):
-            self._bar.close()
-            self._folder.close()
+        self.close()
+        self.finish(trainer)
 
 
 # ---------------------------------------------------------------------------------------------------------

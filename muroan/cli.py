@@ -1,38 +1,37 @@
-"""The command line, `muroan train | harden | attack | certify | report | …`. Nothing else imports Hydra.
-
-What takes seconds to import (torch, Lightning) is imported by the commands: help and unknown choices come at once.
-"""
+"""The command line, `muroan train | harden | attack | certify | report | …`: from a user's words to a command."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from functools import cache
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TextIO
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from muroan import commands
 from muroan.errors import MuroanError
+from muroan.jobs import config_folder, of, own_overrides, told
 
-if TYPE_CHECKING:
-    from muroan.certification import CertificateFolder
-    from muroan.results import AttackResult, RunFolder
-
-log = logging.getLogger("muroan")
+COMMANDS: dict[str, Callable[[DictConfig], None]] = {
+    "train": commands.train,
+    "harden": commands.harden,
+    "attack": commands.attack,
+    "certify": commands.certify,
+    "report": commands.report,
+    "compare": commands.compare,
+    "defenses": commands.defenses,
+    "transfer": commands.transfer,
+}
 
 HELP = """\
 MUROAN, the MUltimodal RObustness ANalyzer: how few image regions, words or sounds flip a multimodal model.
@@ -63,29 +62,16 @@ INTERRUPTED = "interrupted; the same command goes on from here"
 
 GPU_LOCKS: list[TextIO] = []  # of `own_gpu`: a lock lasts as long as its file is open
 
-# Options that do not change what a record says: they are no part of a run's identity.
-LOADING = ("num_workers", "batch_size", "test_batch_size", "root", "skip_bad", "obtain")
-
 
 def main() -> None:
     """Entry point of the `muroan` command."""
-    commands: dict[str, Callable[[DictConfig], None]] = {
-        "train": train,
-        "harden": harden,
-        "attack": attack,
-        "certify": certify,
-        "report": report,
-        "compare": compare,
-        "defenses": defenses,
-        "transfer": transfer,
-    }
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP + choices())
         return
     command = arguments[0]
-    if command not in commands:
-        sys.exit(f"muroan: unknown command {command!r}: choose one of {', '.join(commands)}; `muroan --help` explains")
+    if command not in COMMANDS:
+        sys.exit(f"muroan: unknown command {command!r}: choose one of {', '.join(COMMANDS)}; `muroan --help` explains")
     trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises to us what it would print with forty frames
     # Hydra's parser wants all overrides side by side, wherever the user put -m.
@@ -96,7 +82,7 @@ def main() -> None:
     sys.argv = [sys.argv[0], *flags, f"command={command}", *overrides]
 
     def job(config: DictConfig) -> None:
-        run_job(commands[command], command, config)
+        run_job(COMMANDS[command], command, config)
 
     try:
         hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(job)()
@@ -113,11 +99,6 @@ def main() -> None:
         sys.exit(f"muroan {command}: {told(error)}")
     except KeyboardInterrupt:
         sys.exit(f"muroan {command}: {INTERRUPTED}")
-
-
-def told(error: BaseException) -> str:
-    """The message of an error; what Hydra adds on its search path is of use to Hydra's authors."""
-    return str(error).split("Config search path:")[0].strip()
 
 
 def run_job(function: Callable[[DictConfig], None], command: str, config: DictConfig) -> None:
@@ -145,7 +126,7 @@ def run_job(function: Callable[[DictConfig], None], command: str, config: DictCo
     finally:
         sys.argv = argv
         leave_process_group()
-        close_trackers(failed)
+        commands.close_trackers(failed)
         # What Lightning leaves behind would make the next job of the sweep believe that it is a further process.
         for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "WANDB_DATA_DIR"):
             if name not in environment:
@@ -176,12 +157,6 @@ def leave_process_group() -> None:
         distributed.destroy_process_group()
 
 
-def own_overrides(*without: str) -> list[str]:
-    """The overrides of this job as its user would type them, less those of the given keys."""
-    overrides = HydraConfig.get().overrides.task
-    return [o for o in overrides if o.lstrip("+~").split("=")[0].split(".")[0] not in ("command", *without)]
-
-
 def quiet_lightning() -> None:
     """Keep Lightning's advertisements and hints at its own internals from burying our lines."""
     import pytorch_lightning  # sets its own levels when imported
@@ -196,70 +171,11 @@ def quiet_lightning() -> None:
         warnings.filterwarnings("ignore", pattern)
 
 
-def config_folder() -> Path:
-    """The folder `conf`: beside the package in a checkout, inside it when installed."""
-    package = Path(__file__).parent
-    return next(f for f in (package.parent / "conf", package / "conf") if (f / "config.yaml").is_file())
-
-
 def choices() -> str:
     """The groups and what can be chosen in each, as help."""
     folder = config_folder()
     groups = sorted(f.relative_to(folder).as_posix() for f in [*folder.iterdir(), folder / "hydra/launcher"])
     return "\n".join(["\nChoices:", *(f"  {group:<16}{' '.join(of(group))}" for group in groups if of(group))])
-
-
-def of(group: str) -> list[str]:
-    """What can be chosen in a group."""
-    return sorted(file.stem for file in (config_folder() / group).glob("*.yaml"))
-
-
-# ---------------------------------------------------------------------------------------------------------
-# What decides the outcome of a job, and the folder that it is kept in
-
-
-def plain(config: Any, resolve: bool = True) -> Any:
-    return OmegaConf.to_container(config, resolve=resolve) if OmegaConf.is_config(config) else config
-
-
-def identity(config: DictConfig, command: str, resolve: bool = True) -> dict[str, Any]:
-    """The part of the configuration that decides what `train` or `harden` learns, or what the others record."""
-    own = {
-        "train": ("training",),
-        "harden": ("training", "defense", "hardening"),
-        "attack": ("attack", "threat_model"),
-        "certify": (),
-    }[command]
-    keys = ("model", "dataset", "seed", *own)
-    chosen = {key: plain(config[key], resolve) for key in keys}
-    judging = command in ("attack", "certify")
-    split = ("train_limit", "val_limit") if judging else ("test_limit", "visible")
-    chosen["dataset"] = {k: v for k, v in chosen["dataset"].items() if k not in (*LOADING, *split)}
-    if command == "harden":
-        chosen["start"] = config.checkpoint
-        chosen["defense"] = {k: v for k, v in (chosen["defense"] or {}).items() if k != "folder"}
-    if judging:
-        chosen["precision"] = config.device.precision
-    else:
-        chosen["batch_size"] = config.dataset.batch_size
-    if command == "attack":
-        chosen["keep_media"] = config.engine.keep_media
-    if command == "certify" or (command == "attack" and config.certification.smoothed):
-        options = ("votes",) if command == "attack" else ("samples", "selection", "alpha", "deleted")
-        chosen["defense"] = plain(config.get("defense"), resolve)
-        chosen["certification"] = {key: plain(config.certification[key], resolve) for key in options}
-    return chosen
-
-
-def cell(command: str, *, _root_: DictConfig) -> str:
-    """Hash of the part of the configuration that decides a job's outcome, to name its folder."""
-    from muroan.results import fingerprint
-
-    chosen = identity(_root_, command, resolve=False)
-    if command in ("attack", "certify"):
-        trained = "harden" if _root_.defense else "train"
-        chosen["trained"] = _root_.checkpoint or identity(_root_, trained, resolve=False)
-    return fingerprint(chosen)[:6]
 
 
 @cache
@@ -294,510 +210,8 @@ def own_gpu() -> int:
     )
 
 
-def planned(
-    command: str, jobs: Iterable[Sequence[str]], seeds: Sequence[int]
-) -> Iterator[list[tuple[Path, dict[str, Any]]]]:
-    """Where jobs would keep their results, and the identity that these would have. Nothing is run.
-
-    Args:
-        jobs: the overrides of each, without `seed`.
-
-    Yields:
-        For each job: folder and identity, one a seed.
-
-    Raises:
-        MuroanError: an override that the command would refuse, too, or one with several values.
-    """
-    with hydra.initialize_config_dir(str(config_folder().absolute()), version_base="1.3"):
-        for overrides in jobs:
-            try:
-                config = hydra.compose("config", [f"command={command}", *overrides], return_hydra_config=True)
-            except (HydraException, OmegaConfBaseException) as error:
-                raise MuroanError(told(error)) from None
-            HydraConfig.instance().set_config(config)
-            found = []
-            for seed in seeds:
-                config.seed = seed
-                found.append((Path(config.out), identity(config, command)))
-            yield found
-
-
-OmegaConf.register_new_resolver("cell", cell, replace=True)
 OmegaConf.register_new_resolver("own_gpu", own_gpu, replace=True)
-OmegaConf.register_new_resolver("absolute", os.path.abspath, replace=True)
 OmegaConf.register_new_resolver("muroan_help", lambda: HELP + choices(), replace=True)
-
-
-def versions() -> dict[str, str]:
-    packages = ("muroan", "torch", "pytorch-lightning", "transformers", "torchmetrics", "hydra-core", "numpy")
-    return {"python": sys.version.split()[0], **{package: metadata.version(package) for package in packages}}
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The commands
-
-
-def build(config: DictConfig) -> tuple[Any, Any]:
-    """Dataset and model, prepared for each other."""
-    import pytorch_lightning as pl
-
-    data = instantiate(config.dataset)
-    pl.seed_everything(config.seed, workers=True, verbose=False)
-    model = instantiate(config.model)(modalities=data.modalities(), num_classes=len(data.classes))
-    data.prepare_for(model.modalities)
-    return data, model
-
-
-def tracker(config: DictConfig) -> Any:
-    """The logger of the job, False for none. What it cannot log after its start, it warns of: records come first."""
-    if not config.tracker:
-        return False
-    from muroan.report.tracked import forgiving
-
-    logger = instantiate(config.tracker)
-    logger.log_metrics = forgiving(logger.log_metrics)
-    return logger
-
-
-def begin_tracking(logger: Any, config: DictConfig) -> None:
-    """Log the configuration.
-
-    Raises:
-        MuroanError: Weights & Biases refuses, and there is nothing to lose yet.
-    """
-    if not logger:
-        return
-    from wandb.errors import Error
-
-    try:
-        logger.log_hyperparams(plain(config))
-    except Error as error:
-        reason = str(error).strip().splitlines()[0]
-        raise MuroanError(
-            f"tracker=wandb cannot start a run ({reason}): `wandb login` first, or set WANDB_MODE=offline, "
-            f"or choose another tracker"
-        ) from None
-
-
-def close_trackers(failed: bool = False) -> None:
-    """Finish the Weights & Biases run of this job, so that the next job of a sweep gets one of its own."""
-    wandb = sys.modules.get("wandb")
-    if wandb is not None and getattr(wandb, "run", None) is not None:
-        from muroan.report.tracked import forgiving
-
-        forgiving(wandb.finish)(exit_code=int(failed))
-
-
-def trainer_options(config: DictConfig) -> dict[str, Any]:
-    # The dataset shards itself: Lightning's sampler would repeat samples to make the shards equal.
-    return {
-        **plain(config.device),
-        "use_distributed_sampler": False,
-        "enable_model_summary": False,
-        "default_root_dir": config.out,
-    }
-
-
-def train(config: DictConfig) -> None:
-    """Train a target model; `best.ckpt` is the one with the best validation accuracy."""
-    from muroan.training.module import MultimodalModule
-
-    if already_trained(config):
-        return
-    check_epochs("training.epochs", config.training.epochs)
-    data, model = build(config)
-    module = MultimodalModule(model, **optimisation(config.training))
-    fit(config, "train", config.training, data, module, "val/accuracy")
-
-
-def harden(config: DictConfig) -> None:
-    """Retrain a model under a defence; `best.ckpt` is the one with the best robust accuracy on validation samples."""
-    from pytorch_lightning.callbacks import Callback, EarlyStopping
-
-    from muroan.callbacks import RobustValidation
-    from muroan.training.module import load_weights
-
-    if not config.defense:
-        raise MuroanError(f"harden needs a defence, such as defense=adversarial_training: {', '.join(of('defense'))}")
-    options = config.hardening
-    check_epochs("hardening.epochs", options.epochs)
-    if options.start not in ("trained", "scratch"):
-        raise MuroanError(f"hardening.start must be trained or scratch, got {options.start!r}")
-    if already_trained(config):
-        return
-    data, model = build(config)
-    start = find_checkpoint(config, model) if options.start == "trained" else None
-    if start is not None:
-        load_weights(model, start)
-    threat_model = instantiate(options.threat_model)
-    defense = instantiate(config.defense)
-    module = defense(model=model, threat_model=threat_model, seed=config.seed, **optimisation(options))
-    callbacks: list[Callback] = []
-    monitor = "val/accuracy"
-    if options.samples and not module.voting:
-        monitor = "val/robust_accuracy"
-        judge = instantiate(options.attack)
-        callbacks.append(RobustValidation(judge, options.samples, threat_model, config.engine.batch_size, config.seed))
-    callbacks.append(EarlyStopping(monitor, mode="max", patience=options.patience))
-    fit(config, "harden", options, data, module, monitor, callbacks, start)
-
-
-def optimisation(options: DictConfig) -> dict[str, Any]:
-    """Those of the options of a training that its module takes."""
-    return {key: options[key] for key in ("lr", "weight_decay", "warmup")}
-
-
-def check_epochs(name: str, epochs: int) -> None:
-    if epochs < 1:
-        raise MuroanError(f"{name} must be at least 1, got {epochs}")
-
-
-def already_trained(config: DictConfig) -> bool:
-    out = Path(config.out)
-    done = (out / "summary.json").exists() and not config.rerun
-    if done:
-        log.info("already trained: %s (rerun=true trains again)", out / "best.ckpt")
-    return done
-
-
-def fit(
-    config: DictConfig,
-    command: str,
-    options: DictConfig,
-    data: Any,
-    module: Any,
-    monitor: str,
-    callbacks: Sequence[Any] = (),
-    start: Path | None = None,
-) -> None:
-    """Train a module, keep its best and last checkpoints, test it, and sum up.
-
-    Args:
-        command: whose identity the summary tells.
-        options: with `epochs` and `clip`.
-        monitor: the logged figure that is highest at the best epoch.
-        start: the checkpoint whose weights the model has been given.
-    """
-    import pytorch_lightning as pl
-    from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
-
-    from muroan.defenses.base import Defense
-    from muroan.report.tracked import log_model
-    from muroan.results import write_json
-    from muroan.training.module import load_weights, weights_hash
-
-    out = Path(config.out)
-    keep = ModelCheckpoint(out, "best", monitor=monitor, mode="max", save_last=True, enable_version_counter=False)
-    logger = tracker(config)
-    trainer = pl.Trainer(
-        **trainer_options(config),
-        max_epochs=options.epochs,
-        limit_train_batches=options.get("batches"),
-        gradient_clip_val=options.clip,
-        # What judges comes before what keeps and stops by its judgement.
-        callbacks=[*callbacks, keep, TQDMProgressBar(refresh_rate=20)],
-        logger=logger,
-        num_sanity_val_steps=0,
-        log_every_n_steps=20,
-    )
-    begin_tracking(logger, config)
-    last = out / "last.ckpt"
-    trainer.fit(module, data, ckpt_path=last if last.exists() and not config.rerun else None)
-    cost = module.total_cost() if isinstance(module, Defense) else None
-    load_weights(module.model, out / "best.ckpt")
-    (metrics,) = trainer.test(module, data, verbose=False)
-    if not trainer.is_global_zero:
-        return
-    best = float(keep.best_model_score)  # type: ignore[arg-type]
-    summary: dict[str, Any] = {
-        "identity": identity(config, command),
-        "accuracy": {"val": best, "test": metrics["test/accuracy"]},
-        "weights": weights_hash(module.model),
-        "versions": versions(),
-    }
-    if cost is not None:
-        summary["accuracy"] = {"test": metrics["test/accuracy"]}
-        summary["control"] = module.control
-        summary["best"] = {"monitor": monitor, "value": best}
-        summary |= {"cost": asdict(cost), "start": None if start is None else str(start)}
-    write_json(out / "summary.json", summary)
-    log_model(logger, out / "best.ckpt", summary)
-    log.info("test accuracy %.1f %%, checkpoint %s", metrics["test/accuracy"], out / "best.ckpt")
-
-
-def find_checkpoint(config: DictConfig, model: Any, defense: Any = None) -> Path | None:
-    """The checkpoint to attack, or to harden; None for a model that comes trained.
-
-    Args:
-        defense: what the model shall have been hardened by; None for the model as `train` leaves it.
-
-    Raises:
-        MuroanError: there is none; the message says how to train one.
-    """
-    if config.checkpoint:
-        return Path(config.checkpoint)
-    trained = Path(config.folders.harden if defense else config.folders.train) / "best.ckpt"
-    if trained.is_file():
-        return trained
-    if not defense and model.pretrained:
-        return None
-    without = ["attack", "out", "threat_model", "engine", "certification", "sweep"]
-    without += [] if defense else ["defense", "hardening", "attack@defense", "attack@hardening"]
-    command, state = ("harden", "hardened") if defense else ("train", "trained")
-    words = [f"muroan {command}", *own_overrides(*without)]
-    raise MuroanError(
-        f"no {state} model in {trained.parent}: run `{' '.join(words)}` first, or name one with checkpoint=FILE"
-    )
-
-
-def attack(config: DictConfig) -> None:
-    """Attack a trained model; records go to `out`, from where a killed run goes on."""
-    import pytorch_lightning as pl
-
-    from muroan.callbacks import AttackCallback
-    from muroan.results import RunFolder
-    from muroan.training.module import MultimodalModule, load_weights, weights_hash
-
-    folder = RunFolder(config.out)
-    data, model = build(config)
-    checkpoint = find_checkpoint(config, model, config.defense)
-    if checkpoint is not None:
-        load_weights(model, checkpoint)
-    weights = weights_hash(model)
-    if config.certification.smoothed:
-        from muroan.defenses.mmcert import SmoothedModel
-
-        model = SmoothedModel(model, **ablation_options(config), votes=config.certification.votes, seed=config.seed)
-    chosen = HydraConfig.get().runtime.choices
-    run = {
-        "identity": {**identity(config, "attack"), "weights": weights},
-        "attack": chosen["attack"],
-        "model": chosen["model"],
-        "dataset": chosen["dataset"],
-        "defense": chosen["defense"] if config.defense else None,
-        "smoothed": bool(config.certification.smoothed),
-        "training": training_summary(checkpoint),
-        "modalities": list(model.modalities),
-        "classes": list(data.classes),
-        "seed": config.seed,
-        "checkpoint": {"path": None if checkpoint is None else str(checkpoint), "sha256": weights},
-        "config": plain(config),
-        "versions": versions(),
-    }
-    if config.rerun:
-        folder.clear()
-    if folder.finished and folder.matches(run):
-        log.info("already finished: %s (rerun=true runs it again)", folder.path)
-        return
-    if isinstance(config.attack.get("target"), str):
-        config.attack.target = class_index(config.attack.target, data.classes)
-    callback = AttackCallback(
-        instantiate(config.attack),
-        folder.path,
-        run,
-        instantiate(config.threat_model),
-        config.engine.batch_size,
-        config.seed,
-        config.engine.keep_media,
-    )
-    logger = tracker(config)
-    trainer = pl.Trainer(**trainer_options(config), callbacks=[callback], logger=logger, enable_progress_bar=False)
-    begin_tracking(logger, config)
-    trainer.test(MultimodalModule(model), data, verbose=False)
-    if trainer.is_global_zero:
-        finish_attack(folder, callback.records, data.classes, logger)
-
-
-def training_summary(checkpoint: Path | None) -> dict[str, Any] | None:
-    """How the attacked model came to be, and what that cost, as the summary beside its checkpoint tells."""
-    file = None if checkpoint is None else checkpoint.parent / "summary.json"
-    if file is None or not file.is_file():
-        return None
-    summary = json.loads(file.read_text())
-    return {key: summary[key] for key in ("accuracy", "best", "start", "control", "cost") if key in summary}
-
-
-def ablation_options(config: DictConfig) -> dict[str, Any]:
-    """What the chosen defence keeps, as options of `Ablation`.
-
-    Raises:
-        MuroanError: no defence is chosen, or one that keeps nothing.
-    """
-    defense = plain(config.get("defense")) or {}
-    if "keep" not in defense:
-        raise MuroanError("there is no vote to certify or attack without a defence that ablates: add defense=mmcert")
-    return {key: defense[key] for key in ("keep", "element") if key in defense}
-
-
-def certify(config: DictConfig) -> None:
-    """Certify the vote over ablations of a trained model; hold the certificates against attacks on it."""
-    import pytorch_lightning as pl
-
-    from muroan.certification import CertificateFolder, CertificationCallback
-    from muroan.defenses.mmcert import Ablation
-    from muroan.training.module import MultimodalModule, load_weights, weights_hash
-
-    folder = CertificateFolder(config.out)
-    data, model = build(config)
-    ablation = Ablation(model.modalities, **ablation_options(config))
-    checkpoint = find_checkpoint(config, model, config.defense)
-    if checkpoint is not None:
-        load_weights(model, checkpoint)
-    weights = weights_hash(model)
-    chosen = HydraConfig.get().runtime.choices
-    run = {
-        "identity": {**identity(config, "certify"), "weights": weights},
-        **{key: chosen[key] for key in ("model", "dataset", "defense")},
-        "seed": config.seed,
-        "checkpoint": {"path": None if checkpoint is None else str(checkpoint), "sha256": weights},
-        "config": plain(config),
-        "versions": versions(),
-    }
-    if config.rerun:
-        folder.clear()
-    if folder.finished and folder.matches(run):
-        log.info("already certified: %s (rerun=true certifies again)", folder.path)
-        finish_certify(config, folder)
-        return
-    keys = ("samples", "selection", "alpha", "deleted", "batch_size")
-    options = {key: plain(config.certification[key]) for key in keys}
-    callback = CertificationCallback(ablation, folder.path, run, seed=config.seed, **options)
-    trainer = pl.Trainer(**trainer_options(config), callbacks=[callback], logger=False, enable_progress_bar=False)
-    trainer.test(MultimodalModule(model), data, verbose=False)
-    if trainer.is_global_zero:
-        finish_certify(config, folder)
-
-
-def finish_certify(config: DictConfig, folder: CertificateFolder) -> None:
-    """Summarise certificates, count what attacks on the smoothed model broke, and draw both."""
-    from muroan.certification import broken, robust_accuracy, summarise
-    from muroan.report.plots import certified_curve
-    from muroan.results import write_json
-    from muroan.runs import find_runs
-
-    certificates = folder.records()
-    summary = summarise(certificates)
-    log.info(
-        "%d samples, certified accuracy %.1f %%, abstained on %d",
-        summary["samples"],
-        summary["accuracy"],
-        summary["abstained"],
-    )
-    for share, accuracy in summary["curve"]:
-        log.info("  below %.3f %% of the elements of every modality: %.1f %%", share, accuracy)
-    for name, size in summary["alone"].items():
-        log.info("  %s alone, median: %g elements, %.3f %%", name, size["elements"], size["percent"])
-    attacks = find_runs(map(Path, config.certification.attacked)) if config.certification.attacked else []
-    summary["attacks"] = {}
-    for run in attacks:
-        theirs, ours = run.about["identity"], folder.run["identity"]
-        if "certification" not in theirs or any(theirs.get(key) != ours[key] for key in ("weights", "defense")):
-            raise MuroanError(
-                f"certification.attacked: {run.folder} attacked another model or vote than was certified; attack it "
-                f"with certification.smoothed=true and the same checkpoint and defense"
-            )
-        found = broken(certificates, run.records)
-        everything = float(robust_accuracy(certificates, run.records, [1.0])[0])
-        summary["attacks"][run.label] = {"broken": [c.id for c, _ in found], "robust_accuracy": everything}
-        log.info("  %s: %d certificates broken, robust accuracy %.1f %%", run.label, len(found), everything)
-    write_json(folder.path / "summary.json", summary)
-    (folder.path / "certified.png").write_bytes(certified_curve(certificates, [(r.label, r.records) for r in attacks]))
-    log.info("certificates: %s", folder.records_file)
-
-
-def class_index(name: str, classes: Sequence[str]) -> int:
-    """The index of a class by its name.
-
-    Raises:
-        MuroanError: there is no such class.
-    """
-    if name not in classes:
-        shown = ", ".join(classes[:20]) + (", …" if len(classes) > 20 else "")
-        raise MuroanError(f"attack.target={name}: the dataset has no such class; it has {shown}")
-    return list(classes).index(name)
-
-
-def finish_attack(folder: RunFolder, records: Sequence[AttackResult], classes: Sequence[str], logger: Any) -> None:
-    """Summarise a finished run, show the figures, and hand all that to the tracker."""
-    from muroan.metrics import summarise
-    from muroan.report.tracked import log_attack
-    from muroan.results import write_json
-
-    summary = summarise(records)
-    write_json(folder.path / "summary.json", summary)
-    log_attack(logger, folder, records, classes, summary)
-    log.info("%s", headline(summary, len(records)))
-    log.info("records: %s", folder.records_file)
-
-
-def headline(summary: Mapping[str, Mapping[str, float | None]], samples: int) -> str:
-    def show(name: str, digits: int = 1) -> str:
-        figure = summary[name]
-        if figure["value"] is None:
-            return "-"
-        return f"{figure['value']:.{digits}f} [{figure['low']:.{digits}f}, {figure['high']:.{digits}f}]"
-
-    return (
-        f"{samples} samples, 95 % intervals: clean accuracy {show('clean_accuracy')} %, "
-        f"robust accuracy {show('robust_accuracy')} %, success rate {show('attack_success_rate')} %, "
-        f"decoupled fraction mean {show('decoupled_fraction_mean', 2)} % "
-        f"median {show('decoupled_fraction_median', 2)} %, queries {show('queries')}"
-    )
-
-
-def report(config: DictConfig) -> None:
-    """Build the report of finished runs from their records alone."""
-    from muroan.report import build as build_report
-
-    page = build_report([Path(run) for run in config.runs], Path(config.out))
-    log.info("report: %s", page)
-
-
-def compare(config: DictConfig) -> None:
-    """Put finished runs side by side, from their records alone, and show the tables."""
-    from muroan.report.compare import write
-
-    page = write([Path(run) for run in config.runs], Path(config.out))
-    log.info("%s", page.read_text(encoding="utf-8"))
-    log.info("comparison: %s", page)
-
-
-def defenses(config: DictConfig) -> None:
-    """Put defences beside each other and beside the undefended models, from the records of attacks on all of them."""
-    from muroan.report.defenses import write
-
-    page = write([Path(run) for run in config.runs], Path(config.out))
-    log.info("%s", page.read_text(encoding="utf-8"))
-    log.info("defences: %s", page)
-
-
-def transfer(config: DictConfig) -> None:
-    """Ask the models of finished removal attacks what flipped the others, and show the matrices.
-
-    Model and data are those that `run.json` of each run tells; only `runs`, `out`, `device` and `engine.batch_size` are
-    this command's own. One process on one device asks.
-    """
-    import pytorch_lightning as pl
-
-    from muroan.report.transfer import write
-    from muroan.transfer import measure
-
-    devices = plain(config.device.devices)
-    trainer = pl.Trainer(
-        accelerator=config.device.accelerator,
-        devices=devices[:1] if isinstance(devices, list) else 1,
-        logger=False,
-        enable_checkpointing=False,
-    )
-    matrices, notes = measure(
-        [Path(run) for run in config.runs],
-        lambda about: build(DictConfig(about["config"])),
-        config.engine.batch_size,
-        trainer.strategy.root_device,
-    )
-    page = write(matrices, notes, Path(config.out))
-    log.info("%s", page.read_text(encoding="utf-8"))
-    log.info("transfer: %s", page)
 
 
 if __name__ == "__main__":

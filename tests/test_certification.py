@@ -17,7 +17,7 @@ from test_conf import job
 from torch.utils.data import DataLoader
 from toys import Blocks, flips_when, stretch, threat, word
 
-import muroan.cli
+from muroan import commands
 from muroan.attacks.exhaustive import Exhaustive
 from muroan.certification import (
     Certificate,
@@ -285,8 +285,8 @@ class TestRun:
 
 def test_a_vote_needs_a_defence_that_ablates():
     with pytest.raises(MuroanError, match="add defense=mmcert"):
-        muroan.cli.ablation_options(job())
-    assert muroan.cli.ablation_options(job("defense=mmcert", "defense.keep.image=7"))["keep"]["image"] == 7
+        commands.ablation_options(job())
+    assert commands.ablation_options(job("defense=mmcert", "defense.keep.image=7"))["keep"]["image"] == 7
 
 
 def test_the_folder_tells_the_vote_from_the_model():
@@ -308,9 +308,9 @@ def test_the_command(trained: Path, tmp_path: Path):
     run("certify", *options, *where, f"out={tmp_path / 'run'}", "device=ddp_cpu", cwd=tmp_path)
     certificates = CertificateFolder(tmp_path / "run").records()
     assert [c.index for c in certificates] == list(range(8))
-    data, model = muroan.cli.build(job(*options))
+    data, model = commands.build(job(*options))
     load_weights(model.eval(), trained / "best.ckpt")
-    ablation = Ablation(model.modalities, **muroan.cli.ablation_options(job(*options)))
+    ablation = Ablation(model.modalities, **commands.ablation_options(job(*options)))
     certifier = Certifier(model, ablation, samples=40, selection=10)
     for found in certificates[:3]:
         assert certifier.certify(data.prepared("test")[found.index]) == found

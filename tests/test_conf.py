@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from toys import flips_when, word
 
 import muroan.cli  # registers the resolvers
+from muroan import commands
 from muroan.attacks.base import Attack, ThreatModel
 from muroan.defenses.base import Defense
 from muroan.errors import MuroanError
@@ -93,14 +94,14 @@ def test_defenses(name: str) -> None:
 
 
 def test_a_class_is_known_by_its_name() -> None:
-    assert muroan.cli.class_index("red", ["blue", "red"]) == 1
+    assert commands.class_index("red", ["blue", "red"]) == 1
     with pytest.raises(MuroanError, match=r"attack\.target=green: the dataset has no such class; it has blue, red"):
-        muroan.cli.class_index("green", ["blue", "red"])
+        commands.class_index("green", ["blue", "red"])
 
 
 @pytest.mark.parametrize("name", [name for group, name in CHOICES if group == "tracker"])
 def test_trackers(name: str, tmp_path: Path) -> None:
-    tracker = muroan.cli.tracker(job(f"tracker={name}", f"out={tmp_path}"))
+    tracker = commands.tracker(job(f"tracker={name}", f"out={tmp_path}"))
     assert tracker is False if name == "none" else isinstance(tracker, pl.loggers.Logger)
 
 
@@ -139,7 +140,7 @@ def test_devices(name: str, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if name == "own_gpu":
             no_gpus_taken(2, tmp_path, patch)
-        options = muroan.cli.trainer_options(job(f"device={name}", f"out={tmp_path}"))
+        options = commands.trainer_options(job(f"device={name}", f"out={tmp_path}"))
     if options["accelerator"] == "gpu":
         # Lightning looks for the GPUs at once; their number and precision are checked without.
         options |= {"accelerator": "cpu", "devices": 1, "precision": "32-true"}
