@@ -23,13 +23,16 @@ DOCS = Path(next((word.partition("=")[2] for word in sys.argv[1:] if word.starts
 
 
 def section(name: str) -> str:
-    """The command that made a table, the table without the meaning of its words, and its plot."""
+    """The command that made a table, the table without the meaning of its words, and its plot, where it has one."""
     page = OUT / name / f"{name}.md"
     if not page.exists():
         return f"`python experiments/{name}.py` has not been run yet."
     table = "".join(line for line in page.read_text().splitlines(keepends=True) if not line.startswith("- *"))
-    shutil.copyfile(page.with_suffix(".png"), DOCS / f"{name}.png")
-    return f"`{page.with_name('command.txt').read_text().strip()}`\n\n{table.rstrip()}\n\n![{name}]({name}.png)"
+    text = f"`{page.with_name('command.txt').read_text().strip()}`\n\n{table.rstrip()}"
+    if not (picture := page.with_suffix(".png")).exists():
+        return text
+    shutil.copyfile(picture, DOCS / picture.name)
+    return f"{text}\n\n![{name}]({picture.name})"
 
 
 def terms() -> str:
@@ -46,7 +49,7 @@ def rows(name: str, file: str = "", **where: str) -> list[dict[str, Any]]:
     with path.open(newline="", encoding="utf-8") as lines:
         found = [{key: _read(text) for key, text in row.items()} for row in csv.DictReader(lines)]
     for row in found:
-        row.setdefault("group", f"{row['dataset']} · {row['model']}")
+        row.setdefault("group", f"{row['dataset']} · {row.get('model')}")
         row["heading"] = row["group"].rpartition(", ")[2]
         row["spread"] = row.get("curve_area_max", 0) - row.get("curve_area_min", 0)
     return [row for row in found if all(row.get(key) == value for key, value in where.items())]

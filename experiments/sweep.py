@@ -14,12 +14,14 @@ digit_sum needs its recordings: see the README.
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from copy import copy
 from pathlib import Path
+from typing import Any
 
 from muroan import cli
 from muroan.errors import MuroanError
@@ -130,6 +132,23 @@ class Sweep:
             muroan("harden", "-m", *ready)
         muroan("attack", "-m", *shared, *axes, f"attack={_listed(c.attack for c in left)}", limit, folder)
         return self._read(dataset, plan)
+
+    def trained(self, dataset: str, *options: str) -> dict[str, list[dict[str, Any] | None]]:
+        """Train what is not trained.
+
+        Returns:
+            model -> the summary of its training, one a seed, None where there is none.
+        """
+        shared = [f"sweep={Path(sys.argv[0]).stem}", *TRAINED[dataset], *options, *self.options]
+        try:
+            plan = list(planned("train", [[*shared, f"model={model}"] for model in self.models], self.seeds))
+        except MuroanError as error:
+            sys.exit(str(error))
+        files = [[folder / "summary.json" for folder, _ in places] for places in plan]
+        if not self.tabulate and not all(file.exists() for row in files for file in row):
+            muroan("train", "-m", *shared, f"model={_listed(self.models)}", f"seed={_listed(self.seeds)}")
+        found = [[json.loads(file.read_text()) if file.exists() else None for file in row] for row in files]
+        return dict(zip(self.models, found, strict=True))
 
     def _read(self, dataset: str, plan: Plan) -> dict[tuple[str, str], tuple[Cell, ...]]:
         return {

@@ -1,4 +1,5 @@
-"""Success by threat model: what stands in for what is removed, how fine it may be, how often one may ask; see sweep.py.
+"""Success by threat model: what stands in for what is removed, how fine it may be, how often one may ask, and whether
+the label must stay right; see sweep.py.
 
 One model by default. The budgets are read off one run, from the trajectories of its records.
 """
@@ -15,6 +16,7 @@ REPLACED = {
     "easy_vqa": ("words", "text", {"left out (the default)": "null", "mask token": "mask"}),
     "digit_sum": ("sound", "audio", {"zero (the default)": "null", "noise": "noise"}),
 }
+VALID = {"all (the default)": "false", "those that leave the label right": "true"}
 BUDGETS = (5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 CAPTION = (
     "Threat model: the first {samples} test samples, at most {budget} queries each, and one thing at a time that is "
@@ -29,12 +31,13 @@ def settings(dataset: str, few: bool) -> dict[str, dict[str, str]]:
     """Heading -> name of a value -> its override."""
     what, modality, values = REPLACED[dataset]
     every = {
-        "in place of image regions": ("replacement.image", IMAGE),
-        f"in place of {what}": (f"replacement.{modality}", values),
-        "finest image region": ("min_side.image", FINEST),
+        "in place of image regions": ("threat_model.replacement.image", IMAGE),
+        f"in place of {what}": (f"threat_model.replacement.{modality}", values),
+        "finest image region": ("threat_model.min_side.image", FINEST),
+        "flips searched for": ("attack.valid_only", VALID),
     }
     return {
-        heading: {name: f"threat_model.{key}={value}" for name, value in list(named.items())[: 2 if few else None]}
+        heading: {name: f"{key}={value}" for name, value in list(named.items())[: 2 if few else None]}
         for heading, (key, named) in every.items()
     }
 

@@ -1,40 +1,37 @@
-"""What each modality alone reaches: the same model trained on each part of a dataset and on all of it.
-
-    python experiments/unimodal.py dataset=easy_vqa image text
-    python experiments/unimodal.py experiment=digit_sum image audio model=concat
-
-Words without `=` are the modalities, the others go to `muroan train`. Prints a Markdown table; finished trainings are
-not run again.
-"""
+"""What each modality alone reaches: models trained on each part of a dataset and on all; see sweep.py for sizes."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
+from statistics import mean
+
+from sweep import OUT, Sweep, command
+
+from muroan.report.tables import figure, markdown_table, write_csv
+
+MODALITIES = {"easy_vqa": ["image", "text"], "digit_sum": ["image", "audio"]}
+CAPTION = "Test accuracy of the same model trained on each modality alone and on all of them; means over the seeds."
 
 
 def main() -> None:
-    modalities = [word for word in sys.argv[1:] if "=" not in word]
-    overrides = [word for word in sys.argv[1:] if "=" in word]
-    uses = [*(f"[{name}]" for name in modalities), "null"]
-    out = Path("outputs/unimodal")
-    folder = (
-        f"folders.train='{out}/${{hydra:runtime.choices.dataset}}-${{hydra:runtime.choices.model}}-${{cell:train}}'"
-    )
-    command = [sys.executable, "-m", "muroan.cli", "train", "-m", *overrides, folder, f"dataset.use={','.join(uses)}"]
-    subprocess.run(command, check=True)
-
-    found: dict[tuple[str, str], tuple[float, float]] = {}
-    for file in out.glob("*/summary.json"):
-        summary = json.loads(file.read_text())
-        used = summary["identity"]["dataset"]["use"]
-        what = "all" if used is None else " + ".join(used)
-        found[file.parent.name.rsplit("-", 1)[0], what] = summary["accuracy"]["val"], summary["accuracy"]["test"]
-    print("\n| dataset, model | modalities | validation accuracy, % | test accuracy, % |\n|---|---|---:|---:|")
-    for (trained, what), (val, test) in sorted(found.items(), key=lambda item: (item[0][0], item[1][1])):
-        print(f"| {trained} | {what} | {val:.1f} | {test:.1f} |")
+    sweep = Sweep(full={"models": "mmbt,concat", "seeds": "0"}, quick={"models": "concat"})
+    rows: list[list[object]] = [["dataset", "model", "trained on", "seeds", "test_accuracy"]]
+    for dataset in sweep.datasets:
+        parts = [*MODALITIES[dataset], "all"]
+        chosen = ["null" if part == "all" else f"[{part}]" for part in parts]
+        found = [sweep.trained(dataset, f"dataset.use={use}") for use in chosen]
+        for model in sweep.models:
+            for part, summaries in zip(parts, found, strict=True):
+                known = {seed: summary for seed, summary in zip(sweep.seeds, summaries[model], strict=True) if summary}
+                accuracy = mean(summary["accuracy"]["test"] for summary in known.values()) if known else None
+                rows.append([dataset, model, part, " ".join(map(str, known)), accuracy])
+    out = OUT / "unimodal"
+    out.mkdir(parents=True, exist_ok=True)
+    write_csv(out / "unimodal.csv", rows)
+    lines = [[*map(str, rows[0][:-1]), "test accuracy (%)"]]
+    lines += [[*map(str, names), figure(accuracy, "rate")] for *names, accuracy in rows[1:]]
+    page = out / "unimodal.md"
+    page.write_text(f"{CAPTION}\n\n{markdown_table(lines, texts=4)}")
+    command(page)
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ def well_formed(folder: Path, name: str) -> list[dict[str, str]]:
 # ---------------------------------------------------------------------------------------------------------
 # The commands. They share trained models and cells, so that they share a worker.
 
-TABLES = {"vulnerability": 3, "fusion": 2, "modality": 3, "baselines": 4, "threat_model": 6 + 5}  # rows
+TABLES = {"vulnerability": 3, "fusion": 2, "modality": 3, "baselines": 4, "threat_model": 8 + 5}  # rows
 OUT = Path("outputs/experiments")
 
 
@@ -255,8 +255,23 @@ class TestCommands:
         if not (workplace / OUT / "threat_model").exists():
             pytest.skip("needs the tables of the other tests")
         assert len(list(workplace.glob("outputs/train/*/best.ckpt"))) == 2
-        # decoupling, its reference and random; on concat; image, text; sparse_rs, noise; three threat models
-        assert len(list(workplace.glob(f"{OUT}/attacks/*/records.jsonl"))) == 3 + 1 + 2 + 2 + 3
+        # decoupling, its reference and random; on concat; image, text; sparse_rs, noise; four threat models
+        assert len(list(workplace.glob(f"{OUT}/attacks/*/records.jsonl"))) == 3 + 1 + 2 + 2 + 4
+
+    def test_transfer(self, workplace):
+        run(workplace, "transfer", "quick")
+        with (workplace / OUT / "transfer/transfer.csv").open() as file:
+            pairs = {(row["source"], row["target"]): float(row["rate"]) for row in csv.DictReader(file)}
+        assert set(pairs) == {(a, b) for a in ("late_fusion", "concat") for b in ("late_fusion", "concat")}
+        assert pairs["concat", "concat"] == 100
+        assert "**decoupling on easy_vqa**" in (workplace / OUT / "transfer/transfer.md").read_text()
+
+    def test_unimodal(self, workplace):
+        """Two trainings on a part of the dataset, one on all of it that other tables need, too."""
+        run(workplace, "unimodal", "quick", "dataset.train_limit=64")
+        table = rows_of((workplace / OUT / "unimodal/unimodal.md").read_text())
+        assert [row[:4] for row in table[1:]] == [["easy_vqa", "concat", n, "0"] for n in ("image", "text", "all")]
+        assert all(0 <= float(row[4]) <= 100 for row in table[1:])
 
     def test_defense(self, workplace, monkeypatch):
         run(workplace, "defense", "quick")

@@ -1,0 +1,23 @@
+"""Transfer: whether what flips one model flips the others, asked of `muroan transfer`; see sweep.py for sizes."""
+
+from __future__ import annotations
+
+from sweep import OUT, Sweep, command, muroan
+
+
+def main() -> None:
+    sweep = Sweep(full={"attacks": "decoupling", "seeds": "0"}, quick={"models": "late_fusion,concat"})
+    cells = [
+        cell
+        for dataset in sweep.datasets
+        for found in sweep.cells(dataset, sweep.attacks or ["decoupling"]).values()
+        for cell in found
+    ]
+    folders = ",".join(str(cell.folder) for cell in cells if cell.run is not None)
+    if not sweep.tabulate:  # the models are asked anew, which takes seconds
+        muroan("transfer", f"runs=[{folders}]", f"out={OUT}/transfer", *sweep.options)
+    command(OUT / "transfer/transfer.md")
+
+
+if __name__ == "__main__":
+    main()
