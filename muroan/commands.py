@@ -100,7 +100,7 @@ def train(config: DictConfig) -> None:
 
     if already_trained(config):
         return
-    check_epochs("training.epochs", config.training.epochs)
+    check_training(config, "training")
     data, model = build(config)
     module = MultimodalModule(model, **optimisation(config.training))
     fit(config, "train", config.training, data, module, "val/accuracy")
@@ -116,7 +116,7 @@ def harden(config: DictConfig) -> None:
     if not config.defense:
         raise MuroanError(f"harden needs a defence, such as defense=adversarial_training: {', '.join(of('defense'))}")
     options = config.hardening
-    check_epochs("hardening.epochs", options.epochs)
+    check_training(config, "hardening")
     if options.start not in ("trained", "scratch"):
         raise MuroanError(f"hardening.start must be trained or scratch, got {options.start!r}")
     if already_trained(config):
@@ -143,9 +143,19 @@ def optimisation(options: DictConfig) -> dict[str, Any]:
     return {key: options[key] for key in ("lr", "weight_decay", "warmup")}
 
 
-def check_epochs(name: str, epochs: int) -> None:
-    if epochs < 1:
-        raise MuroanError(f"{name} must be at least 1, got {epochs}")
+def check_training(config: DictConfig, section: str) -> None:
+    """Refuse what cannot be trained with.
+
+    Raises:
+        MuroanError: less than an epoch; a type of number that the optimiser makes NaN of.
+    """
+    if config[section].epochs < 1:
+        raise MuroanError(f"{section}.epochs must be at least 1, got {config[section].epochs}")
+    if config.device.precision == "16-true":
+        raise MuroanError(
+            "device.precision=16-true is too narrow to train in: choose 16-mixed, bf16-mixed or bf16-true (to attack "
+            "in 16-true, train in another one and name its checkpoint=FILE)"
+        )
 
 
 def already_trained(config: DictConfig) -> bool:

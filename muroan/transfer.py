@@ -280,7 +280,7 @@ def grouped(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
     Raises:
         MuroanError: there are no such runs, or none of the groups has two models.
     """
-    why = ["" if run.finished and run.kind == "removal" else KINDS[run.kind] or "unfinished" for run in runs]
+    why = [_unfit(run) for run in runs]
     fit = [run for run, reason in zip(runs, why, strict=True) if not reason]
     notes = []
     if len(fit) < len(runs):
@@ -314,6 +314,13 @@ def grouped(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
             f"at least two models are needed, attacked alike (dataset, attack, its settings and threat model): {listed}"
         )
     return groups, notes
+
+
+def _unfit(run: Run) -> str:
+    """Why a run has no part in this; empty if it has."""
+    if not run.finished or run.kind != "removal":
+        return KINDS[run.kind] or "unfinished"
+    return "of a vote over ablations" if run.about.get("smoothed") else ""
 
 
 def _identity(run: Run) -> Mapping[str, Any]:

@@ -355,10 +355,14 @@ class TestRuns:
         write_run(tmp_path / "runs/x", "corner", ON_CORNER, attack="lonely")
         write_run(tmp_path / "runs/y", "top", ON_TOP, finish=False)
         write_run(tmp_path / "runs/z", "top", ON_TOP, kind="corruption", attack="noise")
+        write_run(tmp_path / "runs/w", "large", ON_TOP, smoothed=True)
         page = write([tmp_path / "runs"], tmp_path / "out", build)
         assert rates(page.with_suffix(".csv")) == BY_HAND
         assert "six · lonely: left out, as corner is the only model." in page.read_text()
-        assert "2 of 5 runs have no part in this: 1 corruption, 1 unfinished." in page.read_text()
+        assert (
+            "3 of 6 runs have no part in this: 1 corruption, 1 of a vote over ablations, 1 unfinished."
+            in page.read_text()
+        )
 
     def test_checkpoints_of_one_model_are_models_with_a_seed(self, tmp_path):
         write_run(tmp_path / "runs/a", "corner", ON_CORNER, model="m", seed=0)
