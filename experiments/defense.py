@@ -82,7 +82,7 @@ def certified(sweep: Sweep, dataset: str, samples: str) -> list[str]:
         attacked = Gathered()
         cells = one.cells(dataset, ["decoupling"], *options, "certification.smoothed=true", defense="mmcert")
         attacked.add("mmcert", cells)
-        words = [*TRAINED[dataset], *options, *sweep.options, "defense=mmcert", f"model={one.models[0]}"]
+        words = [*TRAINED[dataset], *sweep.options, *options, "defense=mmcert", f"model={one.models[0]}"]
         words += [f"seed={one.seeds[0]}", f"dataset.test_limit={samples}"]
         words += [f"certification.attacked=[{','.join(map(str, attacked.folders))}]"]
         ((folder, _),) = next(planned("certify", [words], one.seeds))

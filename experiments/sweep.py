@@ -104,14 +104,14 @@ class Sweep:
         """Train, harden and attack what is not done, and read what is.
 
         Args:
-            options: of muroan, for these cells alone.
+            options: of muroan, for these cells alone; they win over those of the command line.
             defense: what the models are hardened by before they are attacked.
 
         Returns:
             (model, attack) -> a cell a seed, with or without a run.
         """
         # One W&B group a table, also when it is resumed with fewer cells left.
-        shared = [f"sweep={Path(sys.argv[0]).stem}", *TRAINED[dataset], f"defense={defense}", *options, *self.options]
+        shared = [f"sweep={Path(sys.argv[0]).stem}", *TRAINED[dataset], f"defense={defense}", *self.options, *options]
         limit, folder = f"dataset.test_limit={self.samples}", f"folders.attack='{CELLS}'"
         chosen = [(model, attack) for model in self.models for attack in attacks]
         jobs = [[*shared, f"model={model}", f"attack={attack}", limit, folder] for model, attack in chosen]
@@ -139,7 +139,7 @@ class Sweep:
         Returns:
             model -> the summary of its training, one a seed, None where there is none.
         """
-        shared = [f"sweep={Path(sys.argv[0]).stem}", *TRAINED[dataset], *options, *self.options]
+        shared = [f"sweep={Path(sys.argv[0]).stem}", *TRAINED[dataset], *self.options, *options]
         try:
             plan = list(planned("train", [[*shared, f"model={model}"] for model in self.models], self.seeds))
         except MuroanError as error:

@@ -266,6 +266,15 @@ class TestCommands:
         assert pairs["concat", "concat"] == 100
         assert "**decoupling on easy_vqa**" in (workplace / OUT / "transfer/transfer.md").read_text()
 
+    def test_minimum(self, workplace):
+        """Brute force with 200 questions never comes to the 2,415 pairs: what it knows are single regions."""
+        run(workplace, "minimum", "quick")
+        with (workplace / OUT / "minimum/minimum.csv").open() as file:
+            (row,) = csv.DictReader(file)
+        assert 0 < int(row["minimum known"]) <= int(row["attacked"]) <= 16
+        assert float(row["reached (%)"]) == 100
+        assert float(row["ours, mean (%)"]) == pytest.approx(float(row["smallest flip, mean (%)"]))
+
     def test_unimodal(self, workplace):
         """Two trainings on a part of the dataset, one on all of it that other tables need, too."""
         run(workplace, "unimodal", "quick", "dataset.train_limit=64")
