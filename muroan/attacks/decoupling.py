@@ -560,8 +560,10 @@ class Hunt:
         step = np.ones_like(self.region_price) if self.attack.objective == "parts" else self.region_price
         cost = self.costs[pool][:, None] + np.tile(step, 2) * sign * moved
         deviation = np.sqrt(np.tile(u.covers @ variance, 2) * np.maximum(moved, 1e-12))
-        score = self.score(predicted, deviation, cost)
-        score[(moved < 1e-9) | self.tried[pool]] = -np.inf
+        # Where nothing is saved the score is -inf anyway: as soon as a flip is small, nearly everywhere.
+        worth = (moved >= 1e-9) & (cost < self.bound) & ~self.tried[pool]
+        score = np.full(cost.shape, -np.inf)
+        score[worth] = self.score(predicted[worth], deviation[worth], cost[worth])
         flat = score.ravel()
         many = min(SHORT, flat.size)
         found: dict[bytes, tuple[np.ndarray, int, int, float]] = {}
