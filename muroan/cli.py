@@ -6,7 +6,9 @@ import hashlib
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -113,6 +115,10 @@ def run_job(function: Callable[[DictConfig], None], command: str, config: DictCo
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # where a user's own model, dataset or attack lies
     quiet_lightning()
+    # SIGTERM ends a job as Ctrl-C does. Lightning alone would note it and go on, through all of a test.
+    own = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if own:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     failed = True
     try:
         function(config)
@@ -124,6 +130,8 @@ def run_job(function: Callable[[DictConfig], None], command: str, config: DictCo
             raise inner from None
         raise
     finally:
+        if own:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         sys.argv = argv
         leave_process_group()
         commands.close_trackers(failed)

@@ -102,12 +102,13 @@ def test_a_bad_option_is_one_line_and_leaves_no_run_behind(option: str, expected
     assert not (tmp_path / "run/run.json").exists()
 
 
-def test_an_interrupted_run_says_that_it_goes_on(trained: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_that_it_goes_on(number: int, trained: Path, tmp_path: Path) -> None:
     options = [*ATTACK, f"folders.train={trained}", f"out={tmp_path / 'run'}", "tracker=none", "dataset.test_limit=400"]
     command = [sys.executable, "-m", "muroan.cli", "attack", *options]
     process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=-1, stderr=-1, text=True)
     wait_for_lines(tmp_path / "run/records.part-0.jsonl", 5)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert errors.rstrip().endswith("muroan attack: interrupted; the same command goes on from here")
