@@ -193,7 +193,7 @@ def well_formed(folder: Path, name: str) -> list[dict[str, str]]:
 # ---------------------------------------------------------------------------------------------------------
 # The commands. They share trained models and cells, so that they share a worker.
 
-TABLES = {"vulnerability": 3, "fusion": 2, "modality": 3, "baselines": 4, "threat_model": 8 + 5}  # rows
+TABLES = {"vulnerability": 4, "fusion": 2, "modality": 3, "baselines": 4, "threat_model": 8 + 5}  # rows
 OUT = Path("outputs/experiments")
 
 
@@ -255,8 +255,8 @@ class TestCommands:
         if not (workplace / OUT / "threat_model").exists():
             pytest.skip("needs the tables of the other tests")
         assert len(list(workplace.glob("outputs/train/*/best.ckpt"))) == 2
-        # decoupling, its reference and random; on concat; image, text; sparse_rs, noise; four threat models
-        assert len(list(workplace.glob(f"{OUT}/attacks/*/records.jsonl"))) == 3 + 1 + 2 + 2 + 4
+        # decoupling, first, reference, random; on concat; image, text; sparse_rs, noise; four threat models
+        assert len(list(workplace.glob(f"{OUT}/attacks/*/records.jsonl"))) == 4 + 1 + 2 + 2 + 4
 
     def test_transfer(self, workplace, monkeypatch):
         here(monkeypatch, workplace, "transfer", "quick")
@@ -301,14 +301,17 @@ class TestCommands:
     def test_missing_cells_are_named(self, workplace, monkeypatch):
         here(monkeypatch, workplace, "vulnerability", "quick", "tabulate", "seeds=0,1", "models=late_fusion,mmbt")
         page = (workplace / OUT / "vulnerability/vulnerability.md").read_text()
-        assert "missing in easy_vqa · mmbt, not run: seed 0, 1 of decoupling, decoupling_reference, random" in page
+        assert (
+            "missing in easy_vqa · mmbt, not run: seed 0, 1 of decoupling, decoupling_first, decoupling_reference, random"
+            in page
+        )
         assert "missing in easy_vqa · late_fusion, not run: seed 1 of decoupling" in page
 
     def test_other_settings_are_never_mixed_in(self, workplace, monkeypatch):
         here(monkeypatch, workplace, "vulnerability", "quick", "tabulate", "threat_model.max_queries=99")
         page = (workplace / OUT / "vulnerability/vulnerability.md").read_text()
         assert "at most 99 queries" in page
-        assert "not run: seed 0 of decoupling, decoupling_reference, random_removal" in page
+        assert "not run: seed 0 of decoupling, decoupling_first, decoupling_reference, random_removal" in page
 
     def test_results(self, workplace, monkeypatch):
         here(monkeypatch, workplace, "vulnerability", "quick", "tabulate")
