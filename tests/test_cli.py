@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -104,9 +105,12 @@ def test_a_bad_option_is_one_line_and_leaves_no_run_behind(option: str, expected
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_says_that_it_goes_on(number: int, trained: Path, tmp_path: Path) -> None:
-    options = [*ATTACK, f"folders.train={trained}", f"out={tmp_path / 'run'}", "tracker=none", "dataset.test_limit=400"]
-    command = [sys.executable, "-m", "muroan.cli", "attack", *options]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=-1, stderr=-1, text=True)
+    words = [*ATTACK, f"folders.train={trained}", f"out={tmp_path / 'run'}", "tracker=none", "dataset.test_limit=400"]
+    command = [sys.executable, "-m", "muroan.cli", "attack", *words]
+    # In the background of a script a shell has SIGINT ignored, and what the tests start would inherit that.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    options = {"cwd": tmp_path, "env": environment(), "stdout": -1, "stderr": -1, "text": True}
+    process = subprocess.Popen(command, preexec_fn=heard, **options)
     wait_for_lines(tmp_path / "run/records.part-0.jsonl", 5)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)

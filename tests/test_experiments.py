@@ -275,6 +275,7 @@ class TestCommands:
         assert 0 <= float(row["reached (%)"]) <= 100
         assert float(row["ours, mean (%)"]) >= float(row["smallest flip, mean (%)"]) - 1e-9
 
+    @pytest.mark.slow
     def test_unimodal(self, workplace, monkeypatch):
         here(monkeypatch, workplace, "unimodal", "quick", "dataset.train_limit=64")
         table = rows_of((workplace / OUT / "unimodal/unimodal.md").read_text())
