@@ -17,8 +17,8 @@ from pathlib import Path
 
 from sweep import OUT, TRAINED, Sweep, command, muroan
 
+from muroan.cli.jobs import planned
 from muroan.errors import MuroanError
-from muroan.jobs import planned
 from muroan.report import defenses
 from muroan.report.cells import Cell
 from muroan.report.tables import figure

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from muroan import cli
+from muroan.cli.jobs import planned
 from muroan.errors import MuroanError
-from muroan.jobs import planned
 from muroan.report.cells import Cell, Known, Table, read_cell
 
 OUT = Path("outputs/experiments")

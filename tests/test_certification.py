@@ -17,7 +17,6 @@ from test_conf import job
 from torch.utils.data import DataLoader
 from toys import Blocks, flips_when, stretch, threat, word
 
-from muroan import commands
 from muroan.attacks.exhaustive import Exhaustive
 from muroan.certification import (
     Certificate,
@@ -29,6 +28,7 @@ from muroan.certification import (
     robust_accuracy,
     summarise,
 )
+from muroan.cli import commands
 from muroan.data.samples import Batch
 from muroan.defenses.mmcert import Ablation, SmoothedModel
 from muroan.engine import evaluate

@@ -16,8 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from toys import flips_when, word
 
 import muroan.cli  # registers the resolvers
-from muroan import commands
 from muroan.attacks.base import Attack, ThreatModel
+from muroan.cli import commands
 from muroan.defenses.base import Defense
 from muroan.errors import MuroanError
 from muroan.modalities import Audio, Image, Text, WordTokenizer

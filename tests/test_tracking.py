@@ -19,7 +19,8 @@ from conftest import SMALL, muroan
 from omegaconf import OmegaConf
 from pytorch_lightning.loggers import CSVLogger, WandbLogger
 
-from muroan import cli, commands
+from muroan import cli
+from muroan.cli import commands
 from muroan.errors import MuroanError
 from muroan.report.tracked import log_model
 from muroan.results import read_records

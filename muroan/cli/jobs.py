@@ -21,7 +21,7 @@ LOADING = ("num_workers", "batch_size", "test_batch_size", "root", "skip_bad", "
 
 def config_folder() -> Path:
     """The folder `conf`: beside the package in a checkout, inside it when installed."""
-    package = Path(__file__).parent
+    package = Path(__file__).parent.parent
     return next(f for f in (package.parent / "conf", package / "conf") if (f / "config.yaml").is_file())
 
 

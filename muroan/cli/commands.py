@@ -18,8 +18,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from muroan.cli.jobs import identity, of, own_overrides, plain
 from muroan.errors import MuroanError
-from muroan.jobs import identity, of, own_overrides, plain
 
 if TYPE_CHECKING:
     from muroan.certification import CertificateFolder

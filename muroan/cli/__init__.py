@@ -20,9 +20,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from muroan import commands
+from muroan.cli import commands
+from muroan.cli.jobs import config_folder, of, own_overrides, told
 from muroan.errors import MuroanError
-from muroan.jobs import config_folder, of, own_overrides, told
 
 COMMANDS: dict[str, Callable[[DictConfig], None]] = {
     "train": commands.train,
@@ -220,10 +220,3 @@ def own_gpu() -> int:
 
 OmegaConf.register_new_resolver("own_gpu", own_gpu, replace=True)
 OmegaConf.register_new_resolver("muroan_help", lambda: HELP + choices(), replace=True)
-
-
-if __name__ == "__main__":
-    # Under the module's own name: a launcher's processes import what they are sent to run.
-    from muroan import cli
-
-    cli.main()
