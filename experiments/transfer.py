@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from sweep import OUT, Sweep, command, muroan
 
 
@@ -14,8 +16,9 @@ def main() -> None:
         for cell in found
     ]
     folders = ",".join(str(cell.folder) for cell in cells if cell.run is not None)
-    if not sweep.tabulate:  # the models are asked anew, which takes seconds
-        muroan("transfer", f"runs=[{folders}]", f"out={OUT}/transfer", *sweep.options)
+    if sweep.tabulate:
+        sys.exit("transfer has nothing to tabulate: it asks the models anew, which takes seconds; leave the word out")
+    muroan("transfer", f"runs=[{folders}]", f"out={OUT}/transfer", *sweep.options)
     command(OUT / "transfer/transfer.md")
 
 

@@ -148,6 +148,15 @@ class TestCells:
         seeds = list(csv.DictReader((tmp_path / "out/t_seeds.csv").open()))
         assert [(row["seeds"], row["decoupled_fraction_mean"]) for row in seeds] == [("0", "1.5"), ("1", "4.5")]
 
+    def test_beside_brute_force_by_hand(self, tmp_path, monkeypatch):
+        monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+        compared = runpy.run_path(str(ROOT / "experiments/minimum.py"))["compared"]
+        ours = write_cell(tmp_path, [[(20, 2)], [(50, 1)], [], None, [(7, 5)]], "a")
+        brute = write_cell(tmp_path, [[(3, 1)], [(5, 1)], [(9, 4)], None, []], "b")
+        # Of three known minima one is reached, one missed, one not flipped at all; brute force ran out on the last.
+        assert compared([ours], [brute]) == [4, 3, pytest.approx(100 / 3), 1.0, 1.5, 5.0]
+        assert compared([ours], [absent(tmp_path, "b", 1)]) == [0, 0, None, None, None, None]
+
     def test_a_table_of_nothing_says_so(self, tmp_path):
         table = Table("t", "", [METRICS["queries"]], [Entry("g", "a", (absent(tmp_path, "a", 2),))])
         assert "missing in g, not run: seed 2 of a" in table.write(tmp_path).read_text()
