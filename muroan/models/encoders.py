@@ -58,8 +58,8 @@ class ConvGrid(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for inputs, outputs in itertools.pairwise((channels, width // 8, width // 4, width)):
-            layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
-            layers += [nn.MaxPool2d(2, ceil_mode=True)]
+            layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs)]
+            layers += [nn.MaxPool2d(2, ceil_mode=True), nn.ReLU()]  # the same the other way round, and slower
         self.layers = nn.Sequential(*layers)
         height, breadth = (math.ceil(side / 8) for side in size)
         self.register_buffer("rows", pooling_matrix(height, grid[0]), persistent=False)
@@ -75,6 +75,8 @@ class ConvGrid(nn.Module):
         Returns:
             (B, h*w, D) tokens, all real.
         """
+        # Stored pixel by pixel, which halves the time on a CPU; `contiguous` would leave a single channel as it is.
+        x = x.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
         x = self.layers(x)  # (B, D, H/8, W/8)
         x = self.rows @ x @ self.columns  # (B, D, h, w)
         x = self.norm(x.flatten(2).transpose(1, 2)) + self.position  # (B, h*w, D)
