@@ -1,14 +1,20 @@
 """Table 5, baselines: every attack on every model at equal budget; see sweep.py for sizes.
 
-The paired tests of `muroan compare` are in outputs/experiments/baselines/compare.
+    python experiments/baselines.py values=300      # attacks that choose values, and corruptions, on so many samples
+
+The paired tests of `muroan compare`, on the samples that two attacks share, are in
+outputs/experiments/baselines/compare.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import copy
+
 from sweep import KNOWN, OUT, Sweep, write
 
 from muroan.report import compare
-from muroan.report.cells import METRICS, Entry, Table
+from muroan.report.cells import METRICS, Cell, Entry, Table
 
 REMOVAL = ["decoupling", "decoupling_reference", "greedy_occlusion", "greedy_occlusion_rerank", "saliency_removal"]
 REMOVAL += ["leave_one_out", "missing_modality", "decoupling_image"]
@@ -29,8 +35,9 @@ CORRUPTIONS = {
     "digit_sum": ["gaussian_noise", "salt_and_pepper", "audio_noise"],
 }
 CAPTION = (
-    "Baselines: every attack on the first {samples} test samples of each dataset at equal budget, at most {budget} "
-    "passes through the model each, backward ones included. Value-choosing attacks can do strictly more than remove."
+    "Baselines: every attack on every model at equal budget, at most {budget} passes through the model a sample, "
+    "backward ones included. Removal attacks on the first {samples} test samples of each dataset; what chooses values, "
+    "and so can do strictly more than remove, and corruptions on the first {values}."
 )
 SHOWN = ["attack_success_rate", "valid_success_rate", "curve_area"]
 SHOWN += ["decoupled_fraction_mean", "decoupled_fraction_median", "proven", "queries", "backwards"]
@@ -41,13 +48,24 @@ def attacks_on(dataset: str) -> list[str]:
     return [*removal, *VALUES, *OF_TEXT[dataset], *CORRUPTIONS[dataset]]
 
 
+def attacked(sweep: Sweep, dataset: str, attacks: Sequence[str]) -> dict[tuple[str, str], tuple[Cell, ...]]:
+    """The cells of all attacks on all models, removal attacks on more samples than the others."""
+    others = [*VALUES, *OF_TEXT[dataset], *CORRUPTIONS[dataset]]
+    fewer = copy(sweep)
+    fewer.samples = sweep.chosen["values"]
+    cells = sweep.cells(dataset, [attack for attack in attacks if attack not in others])
+    cells |= fewer.cells(dataset, [attack for attack in attacks if attack in others])
+    return {(model, attack): cells[model, attack] for model in sweep.models for attack in attacks}
+
+
 def main() -> None:
-    sweep = Sweep(full={}, quick={"attacks": "decoupling,random_removal,sparse_rs,gaussian_noise"})
+    quick = {"attacks": "decoupling,random_removal,sparse_rs,gaussian_noise", "values": "16"}
+    sweep = Sweep(full={"values": "100"}, quick=quick)
     entries = []
     for dataset in sweep.datasets:
-        cells = sweep.cells(dataset, sweep.attacks or attacks_on(dataset))
+        cells = attacked(sweep, dataset, sweep.attacks or attacks_on(dataset))
         entries += [Entry(f"{dataset} · {model}", attack, found) for (model, attack), found in cells.items()]
-    caption = CAPTION.format(samples=sweep.samples, budget=sweep.budget)
+    caption = CAPTION.format(samples=sweep.samples, values=sweep.chosen["values"], budget=sweep.budget)
     table = Table("baselines", caption, [METRICS[name] for name in SHOWN], entries, known=KNOWN)
     table.drawn = lambda row: row.runs[0].kind == "removal"
     write(table)
