@@ -75,7 +75,7 @@ def success_band(seeds: Sequence[np.ndarray], grid: np.ndarray, resamples: int =
     for took in seeds:
         n = len(took)
         # A resample is how often each sample was drawn: its curve is one product of matrices.
-        times = rng.multinomial(n, np.full(n, 1 / n), resamples)
+        times = rng.multinomial(n, np.full(n, 1 / n), resamples).astype(float)  # whole numbers multiply slowly
         rates += 100 * times @ (took[:, None] <= grid) / n / len(seeds)
     low, high = np.percentile(rates, [2.5, 97.5], axis=0)
     return low, high
