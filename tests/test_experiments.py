@@ -153,9 +153,11 @@ class TestCells:
         compared = runpy.run_path(str(ROOT / "experiments/minimum.py"))["compared"]
         ours = write_cell(tmp_path, [[(20, 2)], [(50, 1)], [], None, [(7, 5)]], "a")
         brute = write_cell(tmp_path, [[(3, 1)], [(5, 1)], [(9, 4)], None, []], "b")
+        longer = write_cell(tmp_path, [[(9, 1)], [(9, 1)], [(9, 4)], None, [(99, 3)]], "c")
         # Of three known minima one is reached, one missed, one not flipped at all; brute force ran out on the last.
-        assert compared([ours], [brute]) == [4, 3, pytest.approx(100 / 3), 1.0, 1.5, 5.0]
-        assert compared([ours], [absent(tmp_path, "b", 1)]) == [0, 0, None, None, None, None]
+        assert compared([ours], [brute], [longer]) == [4, 3, pytest.approx(100 / 3), 1.0, 1.5, 1, 5.0, 3.0]
+        none = absent(tmp_path, "b", 1)
+        assert compared([ours], [none], [longer]) == [0, 0, None, None, None, 0, None, None]
 
     def test_a_table_of_nothing_says_so(self, tmp_path):
         table = Table("t", "", [METRICS["queries"]], [Entry("g", "a", (absent(tmp_path, "a", 2),))])
