@@ -35,12 +35,12 @@ def mean(values: Sequence[float]) -> float | None:
 
 
 def compared(ours: Sequence[Cell], brute: Sequence[Cell], longer: Sequence[Cell]) -> list[float | None]:
-    """The figures of a row, over the samples of all seeds that all three were asked about."""
+    """The figures of a row, over the samples of all seeds; the longer search may be lacking."""
     every = [tuple(map(records, cells)) for cells in zip(ours, brute, longer, strict=True)]
-    found = [(a[key], b[key], c[key]) for a, b, c in every for key in a if key in b and key in c]
+    found = [(a[key], b[key], c.get(key)) for a, b, c in every for key in a if key in b]
     known = [(a.decoupled_fraction, b.decoupled_fraction) for a, b, _ in found if b.flipped and a.flipped]
     beyond = [(a, c) for a, b, c in found if not b.flipped]
-    both = [(a.decoupled_fraction, c.decoupled_fraction) for a, c in beyond if a.flipped and c.flipped]
+    both = [(a.decoupled_fraction, c.decoupled_fraction) for a, c in beyond if a.flipped and c and c.flipped]
     minimum = len(found) - len(beyond)
     reached = [100.0 * (a <= b + 1e-9) for a, b in known] + [0.0] * (minimum - len(known))  # not flipped at all
     sizes = [mean([b for _, b in known]), mean([a for a, _ in known])]
@@ -65,9 +65,10 @@ def main() -> None:
         brute = sweep.cells(dataset, ["exhaustive"], "attack.max_atoms=1000", asked)
         longer = sweep.cells(dataset, ["decoupling"], "attack.patience=null", asked)
         for model in sweep.models:
-            cells = ours[model, "decoupling"], brute[model, "exhaustive"], longer[model, "decoupling"]
-            seeds = [of[0].seed for of in zip(*cells, strict=True) if all(cell.run is not None for cell in of)]
-            rows.append([dataset, model, " ".join(map(str, seeds)), *compared(*cells)])
+            mine, theirs = ours[model, "decoupling"], brute[model, "exhaustive"]
+            seeds = [a.seed for a, b in zip(mine, theirs, strict=True) if a.run is not None and b.run is not None]
+            figures = compared(mine, theirs, longer[model, "decoupling"])
+            rows.append([dataset, model, " ".join(map(str, seeds)), *figures])
     out = OUT / "minimum"
     out.mkdir(parents=True, exist_ok=True)
     write_csv(out / "minimum.csv", [HEADS, *rows])
