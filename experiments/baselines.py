@@ -36,8 +36,8 @@ CORRUPTIONS = {
 }
 CAPTION = (
     "Baselines: every attack on every model at equal budget, at most {budget} passes through the model a sample, "
-    "backward ones included. Removal attacks on the first {samples} test samples of each dataset; what chooses values, "
-    "and so can do strictly more than remove, and corruptions on the first {values}."
+    "backward ones included. Removal attacks on {samples} test samples of each dataset; what chooses values, "
+    "and so can do strictly more than remove, and corruptions on {values} of these."
 )
 SHOWN = ["attack_success_rate", "valid_success_rate", "curve_area"]
 SHOWN += ["decoupled_fraction_mean", "decoupled_fraction_median", "proven", "queries", "backwards"]

@@ -12,9 +12,9 @@ MODELS = "concat,gated,tensor_fusion,low_rank_fusion,late_fusion,cross_attention
 ENCODERS = {"easy_vqa": "transformer", "digit_sum": "small"}
 CAPTION = (
     "Fusion: the same encoders (model/encoders={encoders}) under every fusion mechanism, trained alike; the head is "
-    "the fusion's own: a sum of votes for late_fusion, a linear layer for mmbt, a small perceptron for the others. The "
-    "first {samples} test samples, at most {budget} queries each. Samples that a model gets wrong are not attacked, so "
-    "that the attacked ones differ a little from row to row."
+    "the fusion's own: a sum of votes for late_fusion, a linear layer for mmbt, a small perceptron for the others. "
+    "Attacked are {samples} test samples, with at most {budget} queries each. Samples that a model gets wrong are not "
+    "attacked, so that the attacked ones differ a little from row to row."
 )
 SHOWN = ["clean_accuracy", "attack_success_rate", "valid_success_rate", "curve_area"]
 SHOWN += ["decoupled_fraction_mean", "decoupled_fraction_median", "queries"]

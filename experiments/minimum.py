@@ -18,7 +18,7 @@ from muroan.report.tables import figure, markdown_table, write_csv
 from muroan.results import AttackResult
 
 CAPTION = (
-    "The first {samples} test samples, the usual regions; decoupling with at most {budget} queries, brute force with "
+    "{samples} test samples, the usual regions; decoupling with at most {budget} queries, brute force with "
     "at most {asked}. What brute force finds is the smallest flip there is; ours *reaches* it where it is as small. "
     "Where brute force *ran out* the minimum is not known; ours *longer* is our search with {asked} queries."
 )

@@ -17,7 +17,7 @@ ATTACKS = {
     "digit_sum": ["decoupling_image", "decoupling_audio", "decoupling"],
 }
 CAPTION = (
-    "Modality: the first {samples} test samples, at most {budget} queries each. Fractions by modality are over the "
+    "Modality: {samples} test samples, at most {budget} queries each. Fractions by modality are over the "
     "elements of that modality. The shares say in which modality alone a removal lies, or that it lies in several "
     "jointly; interaction, that it flips only jointly, none of its parts in one modality alone."
 )

@@ -65,7 +65,7 @@ class Sweep:
 
     Attributes:
         chosen: all options, as they were typed, the table's own too.
-        models, datasets, attacks: names; seeds: numbers; samples: of the test set, from its start.
+        models, datasets, attacks: names; seeds: numbers; samples: of the test set.
         budget: queries a sample.
         quick: whether it is the small size.
         tabulate: whether nothing is to be run.

@@ -173,7 +173,8 @@ class AttackCallback(RecordingCallback):
         keep_media: int = 48,
         progress: bool = True,
     ):
-        super().__init__(attack.name, RunFolder, folder, {**run, "guided": attack.guided}, progress)
+        told = {"guided": attack.guided, "control": attack.control}
+        super().__init__(attack.name, RunFolder, folder, {**run, **told}, progress)
         self.attack, self.threat_model = attack, threat_model
         self.batch_size, self.seed, self.keep_media = batch_size, seed, keep_media
 
@@ -189,7 +190,7 @@ class AttackCallback(RecordingCallback):
             self.seed,
             self.keep_media,
             donors=donors(multimodal) if multimodal and self.attack.needs_donors else (),
-            still_valid=multimodal.still_valid if multimodal else None,
+            still_valid=multimodal.judge("test") if multimodal else None,
         )
         self._done = {r.id: r for r in self.start(trainer) if r.attack == self.attack.name}
         self.metrics: dict[str, Metric] = {

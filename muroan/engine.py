@@ -214,7 +214,7 @@ class QueryEngine:
 
     Args:
         model: in evaluation mode; it stays on its device, which is where the engine works.
-        attack: a removal attack.
+        attack: any attack.
         threat_model: see `ThreatModel`.
         batch_size: rows of a model call; halved when the device runs out of memory.
         precision: `32` (the model's own type), or autocast to `bf16` or `16`.

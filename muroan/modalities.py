@@ -310,7 +310,7 @@ class Modality(ABC):
         if min_side > longest:
             raise MuroanError(
                 f"threat_model.min_side.{name}={min_side} is larger than the whole {name} ({longest}): "
-                f"nothing could be split; choose less than {longest}"
+                f"choose {longest} to leave it whole, less to split it"
             )
 
     def check_replacement(self, name: str, replacement: str) -> None:

@@ -69,8 +69,8 @@ class Run:
 
     @property
     def is_control(self) -> bool:
-        """Whether the attack removes at random: what a guided attack has to beat."""
-        return self.kind == "removal" and "random" in self.attack.lower()
+        """Whether the attack removes at random: what a guided attack has to beat; see `Attack.control`."""
+        return bool(self.about.get("control", self.kind == "removal" and self.attack.startswith("random")))
 
     @property
     def is_guided(self) -> bool:
@@ -117,6 +117,8 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
     found: set[Path] = set()
     for folder in map(Path, folders):
         below = [file.parent.resolve() for file in folder.rglob("run.json")] if folder.is_dir() else []
+        # A folder of certificates is only looked at, and refused, when it is named itself.
+        below = [path for path in below if path == folder.resolve() or not any(path.glob("certificates*"))]
         if not below:
             missing = "has no run.json in it or below it" if folder.is_dir() else "is not a folder"
             raise MuroanError(f"{folder} {missing}: name a folder that `muroan attack` wrote, or one that holds such")

@@ -77,6 +77,16 @@ def test_attack_without_a_model_says_how_to_train_one(tmp_path: Path) -> None:
     assert "run `muroan train model=concat seed=3` first" in one_line(done)
 
 
+def test_a_fixed_folder_holds_one_training(trained: Path, tmp_path: Path) -> None:
+    """Neither is another one taken for trained, nor what it left for its model."""
+    options = (*SMALL, f"folders.train={trained}", "tracker=none", "seed=1")
+    message = one_line(muroan("train", *options, cwd=tmp_path, check=False))
+    assert "holds another training (seed: 0 there, 1 asked for): choose another folder with out=" in message
+    message = one_line(attack(trained, tmp_path / "run", "seed=1", check=False))
+    assert "best.ckpt is of another training (seed: 0 there, 1 asked for)" in message
+    assert not (tmp_path / "run/run.json").exists()
+
+
 def test_a_checkpoint_of_another_model_is_refused(trained: Path, tmp_path: Path) -> None:
     checkpoint = f"checkpoint={trained / 'best.ckpt'}"
     message = one_line(attack(trained, tmp_path / "run", "model.fusion.layers=2", checkpoint, check=False))

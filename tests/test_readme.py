@@ -34,8 +34,15 @@ def test_your_own_model_dataset_and_attack(tmp_path: Path) -> None:
         path.write_text(target)
     (command,) = re.findall(r"\$ muroan attack (--config-dir .*)", README)
     chosen = [word for word in command.split() if not word.startswith("attack=")]
-    muroan("train", *chosen, "training.epochs=1", "device=cpu", cwd=tmp_path)
-    muroan("attack", *command.split(), "training.epochs=1", "device=cpu", cwd=tmp_path)
+    shared = ("training.epochs=1", "device=cpu")
+    # Both find the folder of configurations again: the command that a message tells, and a second process.
+    told = muroan("attack", *command.split(), *shared, cwd=tmp_path, check=False).stderr
+    (first,) = re.findall(r"run `muroan train (.*?)` first", " ".join(told.split()))
+    muroan("train", *first.split(), cwd=tmp_path)
+    judged = ("attack=decoupling", "attack.valid_only=true")
+    refused = muroan("attack", *chosen, *judged, *shared, cwd=tmp_path, check=False).stderr
+    assert "attack.valid_only needs a dataset that can tell whether a label is still right" in refused
+    muroan("attack", *command.split(), *shared, "device=ddp_cpu", cwd=tmp_path)
     (file,) = tmp_path.glob("outputs/attack/parity-bag-longest_words-*/records.jsonl")
     records = read_records(file)
     assert len(records) == 100

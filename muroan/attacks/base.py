@@ -225,12 +225,14 @@ class Attack(ABC):
         kind: what its search returns; see `AttackResult.kind`.
         needs_donors: whether it takes parts from other samples; see `Target.donors`.
         guided: whether the model's answers decide what it tries next, so that reports expect it to beat random removal.
+        control: whether it is random removal: what a guided attack has to beat.
     """
 
     name = ""
     kind: Kind = "removal"
     needs_donors = False
     guided = True
+    control = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -17,7 +17,7 @@ from muroan.errors import MuroanError
 
 Asking = Generator[Ask, list[Response], None]
 
-# How the search weighs what it knows. Chosen on the first 100 to 300 test samples of three models of seed 0 (easy_vqa's
+# How the search weighs what it knows. Chosen on 100 to 300 test samples of three models of seed 0 (easy_vqa's
 # mmbt and cross_attention, digit_sum's concat); docs/results.md has what the attack makes of other models.
 CHEAP = 0.3  # share of the budget (of 500 of a larger one) for trying all sets of atoms that cost next to nothing
 SCREEN = 0.4  # likewise, after which single regions are no longer screened

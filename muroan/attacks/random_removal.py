@@ -16,6 +16,7 @@ class RandomRemoval(Attack):
     """
 
     guided = False
+    control = True
 
     def __init__(self, draws: int = 20, max_parts: int = 3):
         if draws < 1 or max_parts < 1:

@@ -77,7 +77,7 @@ def main() -> None:
     trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises to us what it would print with forty frames
     # Hydra's parser wants all overrides side by side, wherever the user put -m.
-    overrides = [a for a in arguments[1:] if a[0] != "-" and ("=" in a or a[0] == "~")]
+    overrides = [a for a in arguments[1:] if a[:1] != "-" and ("=" in a or a[:1] == "~")]
     flags = [a for a in arguments[1:] if a not in overrides]
     if {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments):
         overrides.insert(0, f"sweep={sweep_name(command, overrides)}")
@@ -182,8 +182,8 @@ def quiet_lightning() -> None:
 def choices() -> str:
     """The groups and what can be chosen in each, as help."""
     folder = config_folder()
-    groups = sorted(f.relative_to(folder).as_posix() for f in [*folder.iterdir(), folder / "hydra/launcher"])
-    return "\n".join(["\nChoices:", *(f"  {group:<16}{' '.join(of(group))}" for group in groups if of(group))])
+    groups = sorted({file.parent.relative_to(folder).as_posix() for file in folder.glob("*/**/*.yaml")})
+    return "\n".join(["\nChoices:", *(f"  {group:<16}{' '.join(of(group))}" for group in groups)])
 
 
 @cache

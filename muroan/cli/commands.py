@@ -98,9 +98,9 @@ def train(config: DictConfig) -> None:
     """Train a target model; `best.ckpt` is the one with the best validation accuracy."""
     from muroan.training.module import MultimodalModule
 
-    if already_trained(config):
-        return
     check_training(config, "training")
+    if already_trained(config, "train"):
+        return
     data, model = build(config)
     module = MultimodalModule(model, **optimisation(config.training))
     fit(config, "train", config.training, data, module, "val/accuracy")
@@ -119,7 +119,7 @@ def harden(config: DictConfig) -> None:
     check_training(config, "hardening")
     if options.start not in ("trained", "scratch"):
         raise MuroanError(f"hardening.start must be trained or scratch, got {options.start!r}")
-    if already_trained(config):
+    if already_trained(config, "harden"):
         return
     data, model = build(config)
     start = find_checkpoint(config, model) if options.start == "trained" else None
@@ -158,12 +158,40 @@ def check_training(config: DictConfig, section: str) -> None:
         )
 
 
-def already_trained(config: DictConfig) -> bool:
+def already_trained(config: DictConfig, command: str) -> bool:
+    """Whether the folder holds this training, done; else it is claimed for it.
+
+    Raises:
+        MuroanError: the folder holds another training.
+    """
+    from muroan.results import write_json
+
     out = Path(config.out)
-    done = (out / "summary.json").exists() and not config.rerun
-    if done:
+    if config.rerun:
+        for name in ("identity.json", "summary.json", "last.ckpt"):
+            (out / name).unlink(missing_ok=True)
+    if differing := other_training(out, identity(config, command)):
+        raise MuroanError(
+            f"{out} holds another training ({differing}): choose another folder with out=..., or start anew with "
+            f"rerun=true"
+        )
+    if (out / "summary.json").exists():
         log.info("already trained: %s (rerun=true trains again)", out / "best.ckpt")
-    return done
+        return True
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "identity.json", identity(config, command))
+    return False
+
+
+def other_training(folder: Path, own: Mapping[str, Any]) -> str:
+    """In what the training that a folder holds differs from one's own; nothing where it does not, or holds none."""
+    from muroan.results import differences
+
+    for name in ("identity.json", "summary.json"):
+        if (folder / name).exists():
+            known = json.loads((folder / name).read_text())
+            return differences(known.get("identity", known), json.loads(json.dumps(own)))
+    return ""
 
 
 def fit(
@@ -208,7 +236,7 @@ def fit(
     )
     begin_tracking(logger, config)
     last = out / "last.ckpt"
-    trainer.fit(module, data, ckpt_path=last if last.exists() and not config.rerun else None)
+    trainer.fit(module, data, ckpt_path=last if last.exists() else None)
     cost = module.total_cost() if isinstance(module, Defense) else None
     load_weights(module.model, out / "best.ckpt")
     (metrics,) = trainer.test(module, data, verbose=False)
@@ -238,12 +266,18 @@ def find_checkpoint(config: DictConfig, model: Any, defense: Any = None) -> Path
         defense: what the model shall have been hardened by; None for the model as `train` leaves it.
 
     Raises:
-        MuroanError: there is none; the message says how to train one.
+        MuroanError: there is none, or another one; the message says how to train one.
     """
     if config.checkpoint:
         return Path(config.checkpoint)
     trained = Path(config.folders.harden if defense else config.folders.train) / "best.ckpt"
     if trained.is_file():
+        own = identity(config, "harden" if defense else "train")
+        if differing := other_training(trained.parent, own):
+            raise MuroanError(
+                f"{trained} is of another training ({differing}): train this one in another folder, or name the "
+                f"checkpoint with checkpoint=FILE"
+            )
         return trained
     if not defense and model.pretrained:
         return None

@@ -40,9 +40,16 @@ def plain(config: Any, resolve: bool = True) -> Any:
 
 
 def own_overrides(*without: str) -> list[str]:
-    """The overrides of this job as its user would type them, less those of the given keys."""
-    overrides = HydraConfig.get().overrides.task
-    return [o for o in overrides if o.lstrip("+~").split("=")[0].split(".")[0] not in ("command", *without)]
+    """The overrides of this job as its user would type them, less those of the given keys.
+
+    With where else configurations are looked for: what they name may lie there.
+    """
+    hydra_config = HydraConfig.get()
+    places = [f"--config-dir={s.path}" for s in hydra_config.runtime.config_sources if s.provider == "command-line"]
+    places += [o for o in hydra_config.overrides.hydra if o.startswith("hydra.searchpath=")]
+    overrides = hydra_config.overrides.task
+    own = [o for o in overrides if o.lstrip("+~").split("=")[0].split(".")[0] not in ("command", *without)]
+    return [*places, *own]
 
 
 def identity(config: DictConfig, command: str, resolve: bool = True) -> dict[str, Any]:

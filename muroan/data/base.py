@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -16,6 +16,7 @@ from muroan.errors import MuroanError
 from muroan.modalities import Modality, Removal, Text, WordTokenizer, stable_seed
 
 SPLITS = ("train", "val", "test")
+JUDGED = 16  # samples that are asked about to see whether a dataset can tell what is still valid
 
 
 class MultimodalData(pl.LightningDataModule, ABC):
@@ -100,6 +101,18 @@ class MultimodalData(pl.LightningDataModule, ABC):
             MuroanError: the removal does not lie inside the sample.
         """
         return None
+
+    def judge(self, split: str) -> Callable[[Sample, Removal], bool | None] | None:
+        """`still_valid`, or None where the dataset cannot tell: not even when nothing is removed.
+
+        A few samples of the split are asked about.
+        """
+        if type(self).still_valid is MultimodalData.still_valid:
+            return None
+        prepared = self.prepared(split)
+        few = (prepared[i] for i in range(min(JUDGED, len(prepared))))
+        told = any(self.still_valid(s, Removal()) is not None for s in few if isinstance(s, Sample))
+        return self.still_valid if told else None
 
     augmented = False  # a subclass that overrides `augment` sets this to True when it is wanted
 

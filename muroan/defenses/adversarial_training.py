@@ -103,7 +103,7 @@ class AdversarialTraining(Defense):
     def harm(self, samples: Sequence[Sample], seed: int) -> list[Sample]:
         """What the attack makes of samples, as the model stands now; those without an answer as they are."""
         found = self.hunt(samples, seed)
-        return self.applied(samples, [found.get(sample.id) for sample in samples])
+        return self.applied(samples, [found.get(sample.id) for sample in samples], seed)
 
     def hunt(self, samples: Sequence[Sample], seed: int) -> dict[str, Found]:
         """What the attack's search returns for each sample, by its id."""
@@ -146,10 +146,10 @@ class AdversarialTraining(Defense):
         found = (prepared[i] for i in range(min(DONORS, len(prepared))))
         return [sample for sample in found if isinstance(sample, Sample)]
 
-    def applied(self, samples: Sequence[Sample], found: Sequence[Found | None]) -> list[Sample]:
-        """The samples with what was found done to them."""
+    def applied(self, samples: Sequence[Sample], found: Sequence[Found | None], seed: int) -> list[Sample]:
+        """The samples with what was found done to them; the seed is that of the hunt, for the same noise."""
         removals = [f if isinstance(f, Removal) else Removal() for f in found]
-        changes = without(self.model.modalities, samples, removals, self.threat_model, self.seed)
+        changes = without(self.model.modalities, samples, removals, self.threat_model, seed)
         for change, f in zip(changes, found, strict=True):
             if isinstance(f, Perturbation):
                 change.update({name: x.detach().cpu() for name, x in f.inputs.items()})
@@ -182,13 +182,14 @@ class AdversarialTraining(Defense):
         parts = [(self.folder / f"{rank}-{i // CHUNK:05d}.pt", own[i : i + CHUNK]) for i in range(0, len(own), CHUNK)]
         self._claim(len(chosen), [file for file, _ in parts])
         harmed: list[Sample] = []
+        seed = stable_seed(self.seed, "offline")
         for file, indices in tqdm(parts, desc=f"offline {self.attack.name}", unit="chunk", disable=rank > 0):
             samples = [s for s in (dataset[i] for i in indices) if isinstance(s, Sample)]
             if not file.exists():
-                _write(file, self.hunt(samples, stable_seed(self.seed, "offline")))
+                _write(file, self.hunt(samples, seed))
             found = _read(file)
             kept = [sample for sample in samples if sample.id in found]
-            harmed += self.applied(kept, [found[sample.id] for sample in kept])
+            harmed += self.applied(kept, [found[sample.id] for sample in kept], seed)
         if not harmed:
             raise MuroanError(
                 f"offline adversarial training found nothing: {self.attack.name} changed none of {len(own)} training "

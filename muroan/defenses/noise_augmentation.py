@@ -61,7 +61,8 @@ class NoiseAugmentation(Defense):
                 for place in (p for word in hit for p in range(*layout.spans[word])):
                     other = batch.samples[rng.integers(len(batch))]
                     start, stop = other.layouts[name].spans[rng.integers(other.layouts[name].count)]
-                    changed[name][place] = other.inputs[name][rng.integers(start, stop)]
+                    if start < stop:  # a tokenizer may make nothing of a word
+                        changed[name][place] = other.inputs[name][rng.integers(start, stop)]
             else:
                 low, high = (end.reshape(-1, *(1 for _ in x.shape[1:])) for end in modality.span())
                 noise = torch.as_tensor(rng.standard_normal(x.shape)).to(x)

@@ -207,8 +207,7 @@ def write(folders: Sequence[Path], out: Path, pool_seeds: bool = True) -> Path:
         The path of `compare.md`.
 
     Raises:
-        MuroanError: a folder holds no run, a file of a run cannot be understood, or no two attacks have a target
-            in common.
+        MuroanError: a folder holds no run, or a file of a run cannot be understood.
     """
     comparison = compare(find_runs(folders), pool_seeds)
     out = Path(out)

@@ -53,8 +53,9 @@ MAIN = (
 DEFINITIONS = {
     "clean accuracy": "samples that the model gets right without attack, over all samples.",
     "robust accuracy": "samples that it still gets right after the attack, over all samples.",
-    "success rate": "samples whose prediction the attack flips, over attacked samples. A sample that the model "
-    "gets wrong beforehand is skipped and never counted as a success.",
+    "success rate": "samples whose prediction the attack flips (or moves to its target, or whose fusion embedding it "
+    "moves, if that is its goal), over attacked samples. A sample that the model gets wrong beforehand is skipped and "
+    "never counted as a success.",
     "valid success rate": "samples that the attack flips and whose true label the removal leaves right, says the "
     "dataset, over attacked samples. Only where the dataset can tell.",
     "decoupled fraction": "removed elements (pixels, words, audio samples), each counted once, over all elements "
