@@ -358,6 +358,27 @@ class TestWarning:
             file.write_text(json.dumps({**json.loads(file.read_text()), "guided": guided}))
         assert warned() == ["exhaustive"]
 
+    def test_a_control_says_so_and_is_not_known_by_its_name(self, tmp_path):
+        for attack, outcomes, control in (("random_restart", GUIDED, False), ("shuffled", RANDOM, True)):
+            file = write_run(tmp_path / attack, attack, outcomes) / "run.json"
+            told = {"guided": not control, "control": control}
+            file.write_text(json.dumps({**json.loads(file.read_text()), **told}))
+        assert [(run.attack, run.is_control) for run in find_runs([tmp_path])] == [
+            ("random_restart", False),
+            ("shuffled", True),
+        ]
+        (found,) = compare_runs(find_runs([tmp_path]))
+        assert (found.guided.attack, found.control.attack) == ("random_restart", "shuffled")
+
+    def test_certificates_below_are_passed_over(self, tmp_path):
+        write_run(tmp_path / "attack/a", "guided", GUIDED)
+        (tmp_path / "certify/b").mkdir(parents=True)
+        (tmp_path / "certify/b/run.json").write_text('{"identity": {}, "model": "m", "dataset": "d"}')
+        (tmp_path / "certify/b/certificates.part-0.jsonl").touch()
+        assert [run.attack for run in find_runs([tmp_path])] == ["guided"]
+        with pytest.raises(MuroanError, match="it is not of an attack run"):
+            find_runs([tmp_path / "certify/b"])
+
     def test_other_kinds_are_not_warned_of(self, tmp_path):
         write_run(tmp_path / "a", "noise", NOTHING, kind="corruption")
         write_run(tmp_path / "b", "pgd", NOTHING, kind="perturbation")

@@ -6,6 +6,7 @@ import importlib
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -284,6 +285,33 @@ def test_noise_stays_in_the_range_of_values_and_special_tokens_stay(monkeypatch:
     before, after = clean.inputs["text"][clean.rows["text"]], made.inputs["text"][made.rows["text"]]
     assert torch.equal(before[:, 0], after[:, 0])
     assert torch.equal(before == 0, after == 0)
+
+
+def test_a_word_without_tokens_gives_no_other_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    clean = batch(4)
+    first, *others = clean.samples[0].layouts["text"].spans
+    spans = [first, *((start, start) for start, _ in others)]
+    samples = [
+        replace(s, layouts={**s.layouts, "text": replace(s.layouts["text"], spans=spans)}) for s in clean.samples
+    ]
+    made = seen(NoiseAugmentation(model(), 1.0, words=1.0, threat_model=THREAT), Batch.of(samples), monkeypatch)
+    before, after = clean.inputs["text"][clean.rows["text"]], made.inputs["text"][made.rows["text"]]
+    assert torch.equal(before[:, first[1] :], after[:, first[1] :])
+
+
+def test_what_is_trained_on_has_the_noise_that_was_asked(learned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = ThreatModel(min_side={"image": 2}, max_queries=40, replacement={"image": "noise"})
+    defense = AdversarialTraining(model(learned), RandomRemoval(), threat_model=noise)
+    seeds = []
+
+    def applied(*arguments: Any) -> Any:
+        seeds.append((defense.engine.seed, arguments[-1]))  # type: ignore[union-attr]
+        return without(*arguments)
+
+    monkeypatch.setattr("muroan.defenses.adversarial_training.without", applied)
+    fitted(defense, 1)
+    assert len(set(seeds)) > 1
+    assert all(asked == trained_on for asked, trained_on in seeds)
 
 
 def test_what_is_unchanged_is_still_encoded_once() -> None:
