@@ -44,7 +44,7 @@ SHOWN += ["decoupled_fraction_mean", "decoupled_fraction_median", "proven", "que
 
 
 def attacks_on(dataset: str) -> list[str]:
-    removal = [*REMOVAL, *ONE_MODALITY[dataset], "random_removal"]
+    removal = [*REMOVAL, *ONE_MODALITY[dataset], "random_removal", "random_removal_budget"]
     return [*removal, *VALUES, *OF_TEXT[dataset], *CORRUPTIONS[dataset]]
 
 

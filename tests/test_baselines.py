@@ -256,6 +256,16 @@ REMOVALS: list[Callable[[], Attack]] = [
 ]
 
 
+def test_random_removal_with_all_of_the_budget():
+    """Draws of one to three of ten atoms repeat themselves now and then, and an answer that is known costs nothing."""
+    budget = ThreatModel(min_side=SINGLE.min_side, max_queries=40)
+    record = one(linear(PIXELS, WORDS, 9), RandomRemoval(draws=None), threat_model=budget)
+    assert 30 < record.queries <= 40
+    assert record.queries + record.cache_hits >= 40
+    with pytest.raises(MuroanError, match=r"attack\.draws=null never ends without a budget"):
+        one(linear(PIXELS, WORDS, 9), RandomRemoval(draws=None))
+
+
 def toy_samples() -> list[Sample]:
     return varied(RandomToy(), 12)
 
