@@ -22,6 +22,8 @@ class RandomRemoval(Attack):
         if (draws is not None and draws < 1) or max_parts < 1:
             raise MuroanError(f"attack.draws and attack.max_parts must be at least 1, got {draws} and {max_parts}")
         self.draws, self.max_parts = draws, max_parts
+        if draws is None:
+            self.name = "random_removal_budget"
 
     def search(self, sample: AttackedSample) -> Search:
         draws = sample.threat_model.max_queries if self.draws is None else self.draws
