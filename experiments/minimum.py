@@ -8,6 +8,7 @@ there stands what it finds with as many questions as brute force had.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ def records(cell: Cell) -> dict[str, AttackResult]:
 
 
 def mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+    return None if not values or math.isnan(values[0]) else sum(values) / len(values)
 
 
 def compared(ours: Sequence[Cell], brute: Sequence[Cell], longer: Sequence[Cell]) -> list[float | None]:
@@ -41,6 +42,8 @@ def compared(ours: Sequence[Cell], brute: Sequence[Cell], longer: Sequence[Cell]
     known = [(a.decoupled_fraction, b.decoupled_fraction) for a, b, _ in found if b.flipped and a.flipped]
     beyond = [(a, c) for a, b, c in found if not b.flipped]
     both = [(a.decoupled_fraction, c.decoupled_fraction) for a, c in beyond if a.flipped and c and c.flipped]
+    if not both:  # no longer search
+        both = [(a.decoupled_fraction, math.nan) for a, _ in beyond if a.flipped]
     minimum = len(found) - len(beyond)
     reached = [100.0 * (a <= b + 1e-9) for a, b in known] + [0.0] * (minimum - len(known))  # not flipped at all
     sizes = [mean([b for _, b in known]), mean([a for a, _ in known])]

@@ -157,6 +157,7 @@ class TestCells:
         # Of three known minima one is reached, one missed, one not flipped at all; brute force ran out on the last.
         assert compared([ours], [brute], [longer]) == [4, 3, pytest.approx(100 / 3), 1.0, 1.5, 1, 5.0, 3.0]
         none = absent(tmp_path, "b", 1)
+        assert compared([ours], [brute], [none])[-3:] == [1, 5.0, None]
         assert compared([ours], [none], [longer]) == [0, 0, None, None, None, 0, None, None]
 
     def test_a_table_of_nothing_says_so(self, tmp_path):
