@@ -116,6 +116,14 @@ def test_verdicts(tmp_path: Path, hard: list[Any], control: list[Any], says: str
     assert verdict.beyond.area["value"] == pytest.approx({0: -90, 3: -20, 1: 90}[hard[0]])
 
 
+def test_of_equally_robust_controls_the_one_that_takes_larger_removals(tmp_path: Path) -> None:
+    run(tmp_path, "decoupling", [5] * 30, "hard")
+    for name, size in (("a", 1), ("b", 3), ("c", 2)):
+        run(tmp_path, "decoupling", [size] * 30, name, control=True)
+    (verdict,) = grid(tmp_path).verdicts()
+    assert (verdict.control.name, verdict.beyond.area["value"]) == ("b", pytest.approx(-20))  # type: ignore[union-attr]
+
+
 def test_where_the_dataset_can_tell_valid_flips_decide(tmp_path: Path) -> None:
     """The defence stops what leaves the label right, and nothing can stop what does not."""
     run(tmp_path, "decoupling", [1] * 30, "hard", still_valid=False)

@@ -127,6 +127,11 @@ class Difference:
         """What a defence is judged by: a flip after which another label is right is none that it should prevent."""
         return self.robust if self.valid["value"] is None else self.valid
 
+    @property
+    def gain(self) -> tuple[float, float]:
+        """How much better the defence is than the other, for ranking."""
+        return self.decisive["value"] or 0.0, -(self.area["value"] or 0.0)
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -212,8 +217,8 @@ class Grid:
             if defense.control or defense.undefended:
                 continue
             against = [(c, difference) for c in controls if (difference := self.difference(defense, c)) is not None]
-            # The best control is the one that leaves the least gain.
-            best, beyond = min(against, key=lambda pair: pair[1].decisive["value"] or 0.0, default=(None, None))
+            # The best control is the one that leaves the least gain; among equals, in the size of the flips.
+            best, beyond = min(against, key=lambda pair: pair[1].gain, default=(None, None))
             gain = None if plain is None else self.difference(defense, plain)
             found.append(Verdict(defense, gain, best, beyond))
         return found
