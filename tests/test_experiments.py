@@ -205,7 +205,7 @@ def well_formed(folder: Path, name: str) -> list[dict[str, str]]:
 # ---------------------------------------------------------------------------------------------------------
 # The commands. They share trained models and cells, so that they share a worker.
 
-TABLES = {"vulnerability": 4, "fusion": 2, "modality": 3, "baselines": 4, "threat_model": 8 + 5}  # rows
+TABLES = {"vulnerability": 4, "finer": 2, "fusion": 2, "modality": 3, "baselines": 4, "threat_model": 8 + 5}  # rows
 OUT = Path("outputs/experiments")
 
 
