@@ -10,8 +10,8 @@ from sweep import KNOWN, Sweep, write
 from muroan.report.cells import METRICS, Entry, Table
 
 CAPTION = (
-    "Finer regions: as for vulnerability, but image regions are halved as long as they are longer than {finest} pixels, "
-    "where the other tables stop at 10. {samples} test samples of each dataset, at most {budget} queries each."
+    "Finer regions: as for vulnerability, but image regions are halved as long as they are longer than {finest} "
+    "pixels, where the other tables stop at 10. {samples} test samples of each dataset, at most {budget} queries each."
 )
 SHOWN = ["attack_success_rate", "valid_success_rate", "curve_area"]
 SHOWN += ["decoupled_fraction_mean", "decoupled_fraction_median", "proven", "queries"]
