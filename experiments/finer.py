@@ -1,6 +1,8 @@
 """Vulnerability again, with smaller image regions: how few elements a flip takes depends on how small a part may be.
 
-python experiments/finer.py finest=5       # halves what is longer than so many pixels; see sweep.py
+    python experiments/finer.py finest=5       # halves what is longer than so many pixels
+
+See sweep.py for sizes.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class RobustValidation(pl.Callback):
             self.seed,
             keep_media=0,
             donors=donors(data) if self.attack.needs_donors else (),
-            still_valid=data.still_valid,
+            still_valid=data.judge("val"),
             audit=False,
         )
         robust, success = RobustAccuracy().to(pl_module.device), AttackSuccessRate().to(pl_module.device)

@@ -21,6 +21,7 @@ from torch import nn
 from toys import block, flips_when, threat, word
 
 from muroan.attacks.base import Attack, BatchAttack, Perturbation, ThreatModel
+from muroan.attacks.decoupling import Decoupling
 from muroan.attacks.decoupling_fast import DecouplingFast
 from muroan.attacks.pgd import PgdLinf
 from muroan.attacks.random_removal import RandomRemoval
@@ -475,6 +476,16 @@ def test_another_or_a_broken_offline_set_is_refused(tmp_path: Path, learned: Any
     part.write_bytes(b"PK")
     with pytest.raises(MuroanError, match=r"is not a part of an adversarial set .* remove it"):
         fitted(offline(tmp_path, learned, samples=20))
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_valid_removals_alone_need_a_dataset_that_can_tell(tmp_path: Path, learned: Any, mode: Any) -> None:
+    """Otherwise nothing would be asked, and the training would be a plain one under another name."""
+    defense = AdversarialTraining(
+        model(learned), Decoupling(valid_only=True), mode, folder=tmp_path, threat_model=THREAT
+    )
+    with pytest.raises(MuroanError, match=r"attack\.valid_only needs a dataset that can tell"):
+        fitted(defense, 1)
 
 
 def test_an_offline_attack_that_finds_nothing_says_so(tmp_path: Path, learned: Any) -> None:

@@ -131,7 +131,7 @@ class AdversarialTraining(Defense):
                 autocast_precision(self.trainer),
                 keep_media=0,
                 donors=self.donors(),
-                still_valid=None if self.data is None else self.data.still_valid,
+                still_valid=None if self.data is None else self.data.judge("train"),
                 on_found=lambda sample, found: self._found.__setitem__(sample.id, found),
                 audit=False,
             )
