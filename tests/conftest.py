@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
+import warnings
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+
+# A command is a process of its own, but a fork of one that has imported all that is slow to import: that takes longer
+# than most of what the tests ask of it. Tests that need a real one (signals, an installed wheel) start it themselves.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["muroan.cli", "muroan.callbacks", "muroan.report.tracked", "muroan.models.huggingface"])
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -20,11 +31,35 @@ def environment(**more: str) -> dict[str, str]:
 
 def muroan(*arguments: object, cwd: Path, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
     """Run `muroan ARGUMENTS` in a folder, as a process of its own."""
-    command = [sys.executable, "-m", "muroan.cli", *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, env=environment(**env), capture_output=True, text=True, timeout=300)
+    words = ["muroan", *map(str, arguments)]
+    with tempfile.TemporaryDirectory() as folder:
+        texts = [Path(folder) / name for name in ("out", "err")]
+        process = FORKS.Process(target=_command, args=(words, cwd, environment(**env), *texts))
+        process.start()
+        process.join(timeout=300)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+        out, err = (text.read_text() for text in texts)
+    done = subprocess.CompletedProcess(words, process.exitcode or 0, out, err)
     if check and done.returncode:
-        raise AssertionError(f"{' '.join(command)} exited with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+        raise AssertionError(f"{' '.join(words)} exited with {done.returncode}:\n{out}\n{err}")
     return done
+
+
+def _command(words: list[str], cwd: Path, env: dict[str, str], out: Path, err: Path) -> None:
+    """What the forked process does: all that starting Python for it would have done."""
+    for path, number in ((out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    warnings.simplefilter("ignore")  # PYTHONWARNINGS is read when Python starts
+    sys.argv = words
+    try:
+        runpy.run_module("muroan.cli", run_name="__main__", alter_sys=True)
+    finally:
+        atexit._run_exitfuncs()
 
 
 # Fixtures of a module that take long to make: the tests that use one run in one process.
