@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from muroan.attacks.base import Ask, Attack, AttackedSample, Response, Search, ThreatModel, Together
@@ -265,6 +266,9 @@ class QueryEngine:
         self._live: dict[int, _Live] = {}  # by slot, in order of admission
         self._checked = False
         self._works: dict[Any, Callable[[list[_Live]], Sequence[Any]]] = {}
+        # Threads of numpy's own would go on waiting for work on the cores that torch's need next: a guided search was
+        # slower on two cores than on one.
+        self._numpy = ThreadpoolController().select(internal_api="openblas").select(threading_layer="pthreads")
 
     # -- in and out -----------------------------------------------------------------------------------------
 
@@ -330,7 +334,8 @@ class QueryEngine:
             return None
         assert live.conversation is not None
         try:
-            live.wanted.extend(next(live.conversation))
+            with self._numpy.limit(limits=1):
+                live.wanted.extend(next(live.conversation))
         except StopIteration as stop:
             return stop.value
         return None

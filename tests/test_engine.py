@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from threadpoolctl import threadpool_info, threadpool_limits
 from torch import nn
 
 import muroan
@@ -699,6 +700,27 @@ def test_batches_are_full():
     sizes = [rows for what, rows in model.calls if what == "fuse"]
     assert max(sizes) == 8
     assert sum(size == 8 for size in sizes[:-8]) >= 0.9 * len(sizes[:-8])
+
+
+def test_searches_leave_the_cores_to_the_model():
+    """Numpy's own threads are switched off while a search thinks, and on again when it does not."""
+    seen: list[list[int]] = []
+
+    def threads() -> list[int]:
+        # Those that do not belong to torch, if numpy was built with any.
+        return [pool["num_threads"] for pool in threadpool_info() if pool.get("threading_layer") == "pthreads"]
+
+    def script(sample):
+        seen.append(threads())
+        yield [sample.draw(1)]
+        seen.append(threads())
+
+    with threadpool_limits(2, user_api="blas"):
+        before = threads()
+        for _ in QueryEngine(RandomToy(), Scripted(script), SINGLE, 4).run(varied(RandomToy(), 8, wrong=100)):
+            assert threads() == before
+    assert len(seen) == 16
+    assert all(numbers == [1] * len(before) for numbers in seen)
 
 
 # ---------------------------------------------------------------------------------------------------------
