@@ -2,6 +2,7 @@
 
     python benchmarks/engine.py                                  # the demo's model and data, on the CPU
     python benchmarks/engine.py --checkpoint outputs/demo/model/best.ckpt
+    python benchmarks/engine.py --model concat                   # or another small one of conf/model
     python benchmarks/engine.py --model mmbt_full --device cuda --precision bf16  # in full size, random weights
 
 All figures come from one run on the same samples and model; compare them with each other, not across machines.
@@ -36,24 +37,35 @@ from muroan.modalities import Removal
 from muroan.models.base import MultimodalModel
 from muroan.results import AttackResult
 
+SMALL = ["mmbt", "cross_attention", "concat", "late_fusion"]
 
-def demo_model(checkpoint: str | None, samples: int) -> tuple[MultimodalModel, list[Sample]]:
-    """The small MMBT on easy-VQA; without a checkpoint, with random weights and its own predictions as labels."""
+
+def small_model(name: str, checkpoint: str | None, samples: int) -> tuple[MultimodalModel, list[Sample]]:
+    """A model of conf/model on easy-VQA; without a checkpoint, with random weights, whose answers become the labels."""
     from muroan.data.easy_vqa import EasyVQA
-    from muroan.models.encoders import ConvTokens, WordEmbedding
+    from muroan.models.encoders import ConvTokens, ConvTransformer, WordEmbedding, WordTransformer
+    from muroan.models.fusion.concat import ConcatFusion
+    from muroan.models.fusion.cross_attention import CrossAttentionFusion
+    from muroan.models.fusion.late_fusion import LateFusion
     from muroan.models.fusion.mmbt import MMBTFusion
     from muroan.models.fusion_model import FusionModel
-    from muroan.models.heads import LinearHead
+    from muroan.models.heads import LinearHead, MLPHead, SumHead
     from muroan.training.module import load_weights
 
     data = EasyVQA(test_limit=samples)
-    model = FusionModel(
-        data.modalities(),
-        len(data.classes),
-        {"image": partial(ConvTokens, width=128, grid=(4, 4)), "text": partial(WordEmbedding, width=128)},
-        partial(MMBTFusion, width=128, layers=3, heads=4),
-        LinearHead,
-    ).eval()
+    light = {"image": partial(ConvTokens, width=128, grid=(4, 4)), "text": partial(WordEmbedding, width=128)}
+    readers = {
+        "image": partial(ConvTransformer, width=128, grid=(4, 4), layers=2, heads=4),
+        "text": partial(WordTransformer, width=128, layers=2, heads=4),
+    }
+    parts = {
+        "mmbt": (light, partial(MMBTFusion, width=128, layers=3, heads=4), LinearHead),
+        "cross_attention": (light, partial(CrossAttentionFusion, width=128, layers=2, heads=4), MLPHead),
+        "concat": (readers, ConcatFusion, MLPHead),
+        "late_fusion": (readers, LateFusion, SumHead),
+    }
+    torch.manual_seed(0)
+    model = FusionModel(data.modalities(), len(data.classes), *parts[name]).eval()
     if checkpoint:
         load_weights(model, Path(checkpoint))
     return model, [s for s in data.prepared("test") if isinstance(s, Sample)]
@@ -240,7 +252,7 @@ def peak_memory(arguments: argparse.Namespace, samples: int) -> float:
 
 def memory_of(arguments: argparse.Namespace) -> float:
     count, device = arguments.memory_of, torch.device(arguments.device)
-    model, samples = full_model(64) if arguments.model == "mmbt_full" else demo_model(None, 256)
+    model, samples = full_model(64) if arguments.model == "mmbt_full" else small_model(arguments.model, None, 256)
     model = model.to(device)
     engine = QueryEngine(model, RandomRemoval(draws=4), batch_size=arguments.batch_sizes[0], keep_media=0)
     stream = (replace(samples[i % len(samples)], id=str(i), index=i) for i in range(count))
@@ -253,7 +265,7 @@ def memory_of(arguments: argparse.Namespace) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=["mmbt", "mmbt_full"], default="mmbt")
+    parser.add_argument("--model", choices=[*SMALL, "mmbt_full"], default="mmbt")
     parser.add_argument("--checkpoint")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="32", choices=list(AUTOCAST))
@@ -267,10 +279,10 @@ def main() -> None:
         print(memory_of(arguments))
         return
     device = torch.device(arguments.device)
-    samples_asked = arguments.samples
-    model, samples = (
-        full_model(samples_asked) if arguments.model == "mmbt_full" else demo_model(arguments.checkpoint, samples_asked)
-    )
+    if arguments.model == "mmbt_full":
+        model, samples = full_model(arguments.samples)
+    else:
+        model, samples = small_model(arguments.model, arguments.checkpoint, arguments.samples)
     model = model.to(device)
     if arguments.checkpoint is None:
         samples = relabel(model, samples, device)
