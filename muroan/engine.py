@@ -24,7 +24,7 @@ from muroan.attacks.base import Ask, Attack, AttackedSample, Response, Search, T
 from muroan.attacks.target import BudgetExhausted, Perturbation, Target
 from muroan.data.samples import Sample
 from muroan.errors import MuroanError
-from muroan.modalities import Layout, Removal, removed_elements, stable_seed, word_edits
+from muroan.modalities import Layout, Region, Removal, removed_elements, stable_seed, word_edits
 from muroan.models.base import Features, MultimodalModel, Prediction, map_features, model_dtype
 from muroan.results import AttackResult, Count, Status
 
@@ -268,6 +268,7 @@ class QueryEngine:
         self._works: dict[Any, Callable[[list[_Live]], Sequence[Any]]] = {}
         # Threads of numpy's own would go on waiting for work on the cores that torch's need next: a guided search was
         # slower on two cores than on one.
+        self._below: dict[Region, list[Region]] = {}
         self._numpy = ThreadpoolController().select(internal_api="openblas").select(threading_layer="pthreads")
 
     # -- in and out -----------------------------------------------------------------------------------------
@@ -378,7 +379,15 @@ class QueryEngine:
         live.rng = np.random.default_rng(stable_seed(self.seed, self.attack.name, sample.id))
         valid = None if self.still_valid is None else partial(self.still_valid, sample)
         live.view = AttackedSample(
-            sample.id, sample.label, clean, self.model.modalities, sample.layouts, self.threat_model, live.rng, valid
+            sample.id,
+            sample.label,
+            clean,
+            self.model.modalities,
+            sample.layouts,
+            self.threat_model,
+            live.rng,
+            valid,
+            below=self._below,
         )
         found, exhausted = yield from self._search(live, self.attack.search(live.view))
         failed: Status = "budget_exhausted" if exhausted or live.refused else "held"

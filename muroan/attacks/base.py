@@ -30,6 +30,8 @@ __all__ += ["Target", "ThreatModel", "Together"]
 
 Kind = Literal["removal", "perturbation", "corruption"]
 
+ROOTS = 64  # roots whose regions are remembered: one a modality and length
+
 
 @dataclass(frozen=True, slots=True)
 class Response:
@@ -140,6 +142,7 @@ class AttackedSample:
         valid: whether the label is still right after a removal, says the dataset; None where it cannot tell.
         proven: a search may set whether it asked every smaller removal; see `AttackResult.proven`.
         info: a search may write what it wants recorded, as plain JSON.
+        below: what `universe` found below each root; samples that are attacked alike may share one.
     """
 
     id: str
@@ -152,7 +155,7 @@ class AttackedSample:
     valid: Callable[[Removal], bool | None] | None = None
     proven: bool | None = None
     info: dict[str, Any] = field(default_factory=dict)
-    _universes: dict[tuple[str, ...], list[Region]] = field(default_factory=dict, repr=False)
+    below: dict[Region, list[Region]] = field(default_factory=dict, repr=False)
 
     def flipped(self, response: Response) -> bool:
         return response.label != self.label
@@ -170,21 +173,22 @@ class AttackedSample:
 
         Where nothing lies below the root (a text of one word), the universe is the root.
         """
-        names = modalities or tuple(self.modalities)
-        if names not in self._universes:
-            self._universes[names] = [region for name in names for region in self._below(name)]
-        return self._universes[names]
+        return [region for name in modalities or self.modalities for region in self._below(self.root(name))]
 
-    def _below(self, modality: str) -> list[Region]:
-        found: list[Region] = []
+    def _below(self, root: Region) -> list[Region]:
+        if root not in self.below:
+            found: list[Region] = []
 
-        def descend(region: Region) -> None:
-            for child in self.split(region):
-                found.append(child)
-                descend(child)
+            def descend(region: Region) -> None:
+                for child in self.split(region):
+                    found.append(child)
+                    descend(child)
 
-        descend(self.root(modality))
-        return found or [self.root(modality)]
+            descend(root)
+            if len(self.below) >= ROOTS:
+                self.below.clear()
+            self.below[root] = found or [root]
+        return self.below[root]
 
     def draw(self, parts: int) -> Removal:
         """A removal of up to `parts` regions drawn uniformly from the universe."""

@@ -221,8 +221,14 @@ class Hunt:
 
     def cost(self, chosen: np.ndarray) -> float:
         """What the objective makes of a set of atoms (A,); between equal numbers of parts the smaller fraction wins."""
-        price = float(chosen @ self.price)
-        return len(self.universe.parts(chosen)) + price / 1000 if self.attack.objective == "parts" else price
+        return float(self.costs_of(chosen[None])[0])
+
+    def costs_of(self, sets: np.ndarray) -> np.ndarray:
+        """The costs (n,) of sets of atoms (n, A)."""
+        price = sets @ self.price
+        if self.attack.objective != "parts":
+            return price
+        return np.array([len(self.universe.parts(chosen)) for chosen in sets]) + price / 1000
 
     @property
     def left(self) -> float:
@@ -258,21 +264,24 @@ class Hunt:
 
     def learn(self, sets: Sequence[np.ndarray], responses: Sequence[Response]) -> None:
         """Keep the answers to the first so many sets."""
-        while self.known + len(responses) > len(self.distances):
+        first, count = self.known, len(responses)
+        if not count:
+            return
+        while first + count > len(self.distances):
             grown = (np.concatenate([a, np.zeros_like(a)]) for a in self._arrays())
             self.sets, self.distances, self.flipped, self.costs, self.share, self.tried = grown
-        for chosen, response in zip(sets, responses, strict=False):
-            row, cost = self.known, self.cost(chosen)
-            self.known += 1
-            self.asked += 1
-            self.since += 1
+        new, answered = np.array(sets[:count]), slice(first, first + count)
+        self.sets[answered], self.costs[answered] = new, self.costs_of(new)
+        self.share[answered] = new @ self.worth.T / self.region_price
+        self.distances[answered] = [self.attack.distance(response) for response in responses]
+        self.flipped[answered] = [self.flips(response) for response in responses]
+        for row, chosen in enumerate(sets[:count], first):
             self.rows[chosen.tobytes()] = row
-            self.sets[row], self.costs[row] = chosen, cost
-            self.distances[row] = self.attack.distance(response)
-            self.share[row] = (self.worth @ chosen) / self.region_price
-            self.flipped[row] = self.flips(response)
-            if self.flipped[row] and cost < self.bound - 1e-12:
-                self.best, self.bound, self.since = chosen, cost, 0
+            self.since += 1
+            if self.flipped[row] and self.costs[row] < self.bound - 1e-12:
+                self.best, self.bound, self.since = chosen, float(self.costs[row]), 0
+        self.known += count
+        self.asked += count
 
     def _arrays(self) -> tuple[np.ndarray, ...]:
         return self.sets, self.distances, self.flipped, self.costs, self.share, self.tried
@@ -555,15 +564,16 @@ class Hunt:
         inside = self.share[pool]  # (P, N)
         moved = np.concatenate([1 - inside, inside], 1)  # (P, 2N): of each region, how much adding or dropping moves
         sign = np.repeat([1.0, -1.0], len(u.regions))
-        twice = np.tile(effect, 2) * sign
-        predicted = self.distances[pool][:, None] - twice * moved
         step = np.ones_like(self.region_price) if self.attack.objective == "parts" else self.region_price
         cost = self.costs[pool][:, None] + np.tile(step, 2) * sign * moved
-        deviation = np.sqrt(np.tile(u.covers @ variance, 2) * np.maximum(moved, 1e-12))
         # Where nothing is saved the score is -inf anyway: as soon as a flip is small, nearly everywhere.
         worth = (moved >= 1e-9) & (cost < self.bound) & ~self.tried[pool]
+        rows, moves = np.nonzero(worth)
+        predicted = np.zeros(cost.shape)
+        predicted[worth] = self.distances[pool][rows] - (np.tile(effect, 2) * sign)[moves] * moved[worth]
+        deviation = np.sqrt(np.tile(u.covers @ variance, 2)[moves] * moved[worth])
         score = np.full(cost.shape, -np.inf)
-        score[worth] = self.score(predicted[worth], deviation[worth], cost[worth])
+        score[worth] = self.score(predicted[worth], deviation, cost[worth])
         flat = score.ravel()
         many = min(SHORT, flat.size)
         found: dict[bytes, tuple[np.ndarray, int, int, float]] = {}
@@ -601,7 +611,7 @@ class Hunt:
         predicted = self.distances[nearest] - step @ self.effects()[self.universe.atoms]
         made_of = np.array([row for _, row, _, _ in candidates])
         predicted = np.where(nearest == made_of, [p for _, _, _, p in candidates], predicted)
-        cost = np.array([self.cost(chosen) for chosen in sets])
+        cost = self.costs_of(sets)
         among = self.between(sets, sets, variance)
         picked: list[int] = []
         while len(picked) < min(ROUND, self.left, len(sets)):
