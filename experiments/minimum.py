@@ -62,6 +62,7 @@ def main() -> None:
     full = {"seeds": "0", "samples": "100", "asked": "11000"}
     sweep = Sweep(full=full, quick={"asked": "200"})
     rows: list[list[Any]] = []
+    missing = ""
     for dataset in sweep.datasets:
         ours = sweep.cells(dataset, ["decoupling"])
         asked = f"threat_model.max_queries={sweep.chosen['asked']}"
@@ -70,8 +71,11 @@ def main() -> None:
         for model in sweep.models:
             mine, theirs = ours[model, "decoupling"], brute[model, "exhaustive"]
             seeds = [a.seed for a, b in zip(mine, theirs, strict=True) if a.run is not None and b.run is not None]
-            figures = compared(mine, theirs, longer[model, "decoupling"])
-            rows.append([dataset, model, " ".join(map(str, seeds)), *figures])
+            if lacking := [seed for seed in sweep.seeds if seed not in seeds]:
+                missing += f"- not run: {dataset} · {model}, seed {', '.join(map(str, lacking))}\n"
+            if seeds:
+                figures = compared(mine, theirs, longer[model, "decoupling"])
+                rows.append([dataset, model, " ".join(map(str, seeds)), *figures])
     out = OUT / "minimum"
     out.mkdir(parents=True, exist_ok=True)
     write_csv(out / "minimum.csv", [HEADS, *rows])
@@ -81,7 +85,7 @@ def main() -> None:
         lines.append([*map(str, row[:5]), figure(row[5], "rate"), *sizes[:2], str(row[8]), *sizes[2:]])
     caption = CAPTION.format(samples=sweep.samples, budget=sweep.budget, asked=sweep.chosen["asked"])
     page = out / "minimum.md"
-    page.write_text(f"{caption}\n\n{markdown_table([HEADS, *lines], texts=3)}")
+    page.write_text(f"{caption}\n\n{markdown_table([HEADS, *lines], texts=3)}\n{missing}")
     command(page)
 
 

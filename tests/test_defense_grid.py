@@ -112,6 +112,7 @@ def test_verdicts(tmp_path: Path, hard: list[Any], control: list[Any], says: str
     run(tmp_path, "decoupling", [1] * 30, "noise", control=True)
     (verdict,) = grid(tmp_path).verdicts()
     assert says in verdict.line
+    assert f"hard {verdict.word} " in says
     assert verdict.beyond is not None
     assert verdict.beyond.area["value"] == pytest.approx({0: -90, 3: -20, 1: 90}[hard[0]])
 
@@ -224,6 +225,8 @@ def test_files(tmp_path: Path) -> None:
     worst = next(line for line in lines if line["defense"] == "hard" and line["attack"] == "worst case")
     assert float(worst["robust_accuracy"]) == 50
     assert float(worst["attack_forwards"]) == 300
+    assert [line["verdict"] for line in lines if line["verdict"]] == ["did not help"]
+    assert worst["verdict"] == "did not help"
     found = grids(find_runs([tmp_path / "runs"]))
     assert text == markdown(found)
     tex = latex(found)

@@ -287,6 +287,10 @@ class TestCommands:
         assert 0 < int(row["minimum known"]) <= int(row["attacked"]) <= 16
         assert 0 <= float(row["reached (%)"]) <= 100
         assert float(row["ours, mean (%)"]) >= float(row["smallest flip, mean (%)"]) - 1e-9
+        here(monkeypatch, workplace, "minimum", "quick", "tabulate", "seeds=0,1", "models=late_fusion,mmbt")
+        page = (workplace / OUT / "minimum/minimum.md").read_text()
+        assert "- not run: easy_vqa · late_fusion, seed 1\n- not run: easy_vqa · mmbt, seed 0, 1\n" in page
+        assert [row[1:3] for row in rows_of(page)[1:]] == [["late_fusion", "0"]]
 
     @pytest.mark.slow
     def test_unimodal(self, workplace, monkeypatch):

@@ -148,14 +148,20 @@ class Verdict:
         return self.beyond is not None and (self.beyond.decisive["low"] or 0) > 0
 
     @property
+    def word(self) -> str:
+        """The finding in a word or two, empty where there is no control."""
+        if self.beyond is None:
+            return ""
+        lost = self.beyond.decisive["high"] is not None and self.beyond.decisive["high"] < 0
+        return "helped" if self.helped else "did worse" if lost else "did not help"
+
+    @property
     def line(self) -> str:
         """The finding in one line."""
         if self.beyond is None or self.control is None:
             return f"{self.defense.name}: there is no control to compare with, so that no claim can be made."
         judged, robust, area = self.beyond.decisive, self.beyond.robust, self.beyond.area
-        lost = judged["high"] is not None and judged["high"] < 0
-        what = "did worse than a control" if lost else "did not help beyond its controls"
-        what = "helped beyond its controls" if self.helped else what
+        what = f"{self.word} {'than a control' if self.word == 'did worse' else 'beyond its controls'}"
         gains = f"robust accuracy {_points(robust)} against {self.control.name}"
         if judged is not robust:
             gains = f"robust accuracy to valid flips {_points(judged)} against {self.control.name}, "
@@ -429,19 +435,23 @@ def _lines(found: Sequence[Grid]) -> list[list[object]]:
     spans = ("", "_low", "_high")
     head: list[object] = ["dataset", "model", "defense", "control", "attack", "seeds", "samples"]
     head += [metric + span for metric in METRICS for span in spans]
-    head += ["rows", "attack_forwards", "attack_backwards", "seconds"]
+    costs = ["rows", "attack_forwards", "attack_backwards", "seconds"]
+    head += [*costs, "verdict"]
     lines = [head]
     for grid in found:
+        words = {verdict.defense.name: verdict.word for verdict in grid.verdicts()}
         for defense in grid.defenses:
             cost = defense.cost()
-            paid = [cost.get(str(key), "") for key in head[-4:]]
+            paid = [cost.get(key, "") for key in costs]
             own: list[object] = [grid.dataset, grid.model, defense.name, defense.control]
             for name, row in defense.attacks.items():
                 summary = row.summary
-                lines.append([*own, name, len(row.runs), row.samples, *_numbers(summary), *paid])
+                lines.append([*own, name, len(row.runs), row.samples, *_numbers(summary), *paid, ""])
             worst = grid.worst(defense)
             samples = sum(len(defense.outcomes(seed, grid.attacks)) for seed in defense.seeds)
-            lines.append([*own, WORST, len(defense.seeds), samples, *_numbers(worst), *paid])
+            lines.append(
+                [*own, WORST, len(defense.seeds), samples, *_numbers(worst), *paid, words.get(defense.name, "")]
+            )
     return lines
 
 
