@@ -181,6 +181,8 @@ class AttackCallback(RecordingCallback):
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         data = getattr(trainer, "datamodule", None)
         multimodal = data if isinstance(data, MultimodalData) else None
+        still_valid = multimodal.judge("test") if multimodal else None
+        self.run["judged"] = still_valid is not None
         self.engine = QueryEngine(
             self.model(pl_module),
             self.attack,
@@ -190,7 +192,7 @@ class AttackCallback(RecordingCallback):
             self.seed,
             self.keep_media,
             donors=donors(multimodal) if multimodal and self.attack.needs_donors else (),
-            still_valid=multimodal.judge("test") if multimodal else None,
+            still_valid=still_valid,
         )
         self._done = {r.id: r for r in self.start(trainer) if r.attack == self.attack.name}
         self.metrics: dict[str, Metric] = {

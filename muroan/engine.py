@@ -320,6 +320,11 @@ class QueryEngine:
                 raise MuroanError(
                     f"the model takes {list(self.model.modalities)}, sample {sample.id!r} has {list(sample.inputs)}"
                 )
+            if not 0 <= sample.label < self.model.num_classes:
+                raise MuroanError(
+                    f"sample {sample.id!r} has label {sample.label}, but the model has the classes 0 to "
+                    f"{self.model.num_classes - 1}: use a model of the dataset's classes, or correct the labels"
+                )
             live = _Live(sample, slot, self.threat_model.max_queries or float("inf"))
             live.conversation = self._converse(live)
             self._live[slot] = live
@@ -602,7 +607,10 @@ class QueryEngine:
             return self._together(asked, lives[: self.batch_size]) + self._together(asked, lives[self.batch_size :])
         states = [live.rng.bit_generator.state for live in lives if live.rng is not None]
         # Lightning tests in inference mode, in which nothing can be differentiated.
-        with torch.inference_mode(False), torch.no_grad():
+        # What is found with one arithmetic is judged with the same: a flip by a hair may be none in the other.
+        dtype = AUTOCAST[self.precision]
+        autocast = torch.autocast(self.device.type, dtype) if dtype else nullcontext()
+        with torch.inference_mode(False), torch.no_grad(), autocast:
             target = self._target(lives)
             try:
                 told: list[Any] = list(asked.function(target))

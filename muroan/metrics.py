@@ -6,7 +6,8 @@ Every figure of a run is a mean or a median of one column over samples, NaN wher
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,8 +48,12 @@ def curve_score(fraction: float, limit: float = CURVE_LIMIT) -> float:
     return max(0.0, 1 - fraction / limit)
 
 
-def columns(results: Sequence[AttackResult]) -> dict[str, tuple[np.ndarray, str]]:
-    """Every metric as a column over samples and how it is reduced (`mean` or `median`, of what is not NaN)."""
+def columns(results: Sequence[AttackResult], judged: bool | None = None) -> dict[str, tuple[np.ndarray, str]]:
+    """Every metric as a column over samples and how it is reduced (`mean` or `median`, of what is not NaN).
+
+    Args:
+        judged: whether the dataset can tell if a label is still right after a flip; None to go by whether it has.
+    """
     nan = float("nan")
     modalities = sorted({name for r in results for name in r.total})
 
@@ -89,7 +94,7 @@ def columns(results: Sequence[AttackResult]) -> dict[str, tuple[np.ndarray, str]
     audited = column(lambda r: r.one_minimal is True, lambda r: r.flipped and r.one_minimal is not None)
     table["one_minimal"] = (100 * audited, "mean")
     table["proven"] = (100 * column(lambda r: r.proven, lambda r: r.flipped and r.proven is not None), "mean")
-    judged = any(r.still_valid is not None for r in results)
+    judged = any(r.still_valid is not None for r in results) if judged is None else judged
     valid = column(lambda r: r.flipped and r.still_valid is True, lambda r: r.attacked and judged)
     table["valid_success_rate"] = (100 * valid, "mean")
     return table
@@ -122,30 +127,62 @@ def bootstrap(
     Returns:
         value, low and high; None where there is nothing to measure.
     """
-    n = len(column)
-    if n == 0:
+    return pooled([dict(enumerate(column.tolist()))], how, resamples, level, seed)
+
+
+def pooled(
+    seeds: Sequence[Mapping[Any, float]],
+    how: str = "mean",
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> dict[str, float | None]:
+    """The mean over training seeds of a metric, and its percentile bootstrap interval over samples.
+
+    Models of all seeds are attacked on the same samples, and what is hard to flip in one is hard in the others. So
+    samples are drawn once for all seeds; the seeds themselves are not resampled.
+
+    Args:
+        seeds: for each, one number a sample by its id, NaN where the sample has no say.
+        how: `mean` or `median`, of each seed's samples.
+        resamples, level: see `bootstrap`, which this is for one seed.
+
+    Returns:
+        value, low and high; None where there is nothing to measure. Seeds with nothing to measure are left out.
+    """
+    places = {key: place for place, key in enumerate(dict.fromkeys(key for column in seeds for key in column))}
+    table = np.full((len(seeds), len(places)), np.nan)
+    for row, column in zip(table, seeds, strict=True):
+        row[[places[key] for key in column]] = list(column.values())
+    table, n = table[~np.isnan(table).all(1)], len(places)
+    if not table.size:
         return {"value": None, "low": None, "high": None}
     rng = np.random.default_rng(stable_seed("bootstrap", seed))
-    rows = max(1, 4_000_000 // n)  # resamples at once: a few times 32 MB, however many samples
-    parts = [
-        np.asarray(reduce_column(column[rng.integers(0, n, (min(rows, resamples - done), n))], how, axis=-1))
-        for done in range(0, resamples, rows)
-    ]
+    parts = []
+    at_once = max(1, 4_000_000 // n)  # a few times 32 MB, however many samples
+    for done in range(0, resamples, at_once):
+        drawn = rng.integers(0, n, (min(at_once, resamples - done), n))
+        parts.append(np.mean([np.asarray(reduce_column(row[drawn], how, axis=-1)) for row in table], axis=0))
     spread = np.concatenate(parts)
     spread = spread[~np.isnan(spread)]
     tails = [100 * (1 - level) / 2, 100 * (1 + level) / 2]
     low, high = np.percentile(spread, tails) if len(spread) else (np.nan, np.nan)
-    named = {"value": float(reduce_column(column, how)), "low": low, "high": high}
+    named = {"value": np.mean([reduce_column(row, how) for row in table]), "low": low, "high": high}
     return {key: None if np.isnan(x) else float(x) for key, x in named.items()}
 
 
 def summarise(
-    results: Sequence[AttackResult], resamples: int = 1000, level: float = 0.95, seed: int = 0
+    results: Sequence[AttackResult],
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+    judged: bool | None = None,
 ) -> dict[str, dict[str, float | None]]:
     """Every metric of one attack with its bootstrap confidence interval.
 
     Args:
         results: one a sample, skipped ones included.
+        judged: see `columns`.
         resamples: bootstrap resamples of the samples; percentile intervals.
         level: of the interval.
 
@@ -153,7 +190,7 @@ def summarise(
         name -> {value, low, high}; None where there is nothing to measure (no sample flipped). Rates, fractions
         and shares are in percent. Without results, nothing.
     """
-    table = columns(results) if results else {}
+    table = columns(results, judged) if results else {}
     return {name: bootstrap(column, how, resamples, level, seed) for name, (column, how) in table.items()}
 
 

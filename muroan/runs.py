@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from muroan.errors import MuroanError
 from muroan.metrics import summarise
 from muroan.results import AttackResult, Kind, RunFolder
@@ -79,6 +81,12 @@ class Run:
         return bool(self.about.get("guided", not unguided))
 
     @property
+    def judged(self) -> bool:
+        """Whether the dataset can tell if a label is still right after a flip, also where there is none."""
+        told = any(r.still_valid is not None for r in self.records)
+        return bool(self.about.get("judged", told))  # runs of earlier versions do not say
+
+    @property
     def target(self) -> tuple[str, str, str]:
         """What was attacked: dataset, model and weights. Runs with the same target can be compared."""
         return self.dataset, self.model, str((self.about.get("checkpoint") or {}).get("sha256"))
@@ -98,7 +106,11 @@ class Run:
     @cached_property
     def summary(self) -> dict[str, dict[str, float | None]]:
         """Every metric with its interval."""
-        return summarise(self.records)
+        return summarise(self.records, judged=self.judged)
+
+    def by_id(self, column: np.ndarray) -> dict[Any, float]:
+        """One number a record by the sample's id."""
+        return dict(zip((r.id for r in self.records), column.tolist(), strict=True))
 
     def value(self, metric: str) -> float | None:
         return self.summary.get(metric, {}).get("value")

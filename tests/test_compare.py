@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
 import shutil
@@ -16,12 +17,12 @@ from conftest import muroan
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from scipy.stats import wilcoxon
+from scipy.stats import binomtest, wilcoxon
 
 from muroan.errors import MuroanError
-from muroan.metrics import bootstrap, summarise
+from muroan.metrics import bootstrap, pooled, summarise
 from muroan.report import build
-from muroan.report.compare import Comparison, compare, holm, latex, markdown, mcnemar, pooled, sign_flip, write
+from muroan.report.compare import STEPS, Comparison, compare, holm, latex, markdown, over_seeds, sign_flip, write
 from muroan.report.plots import success_at, success_band
 from muroan.report.runs import compare as compare_runs
 from muroan.report.runs import flip_queries, flip_sizes
@@ -156,17 +157,22 @@ class TestSeeds:
         write_run(path / "d", "random_removal", [0, 0], seed=1, weights="w1")
         return path
 
-    def test_mean_over_seeds_with_a_stratified_interval(self, tmp_path):
+    def test_mean_over_seeds_whatever_their_samples(self, tmp_path):
         (target,) = compared(self.seeds(tmp_path)).targets
         row = target.rows[0]
         assert [row.attack, len(row.runs), row.samples] == ["guided", 2, 6]
+        assert row.value("attack_success_rate") == 75.0  # (50 + 100) / 2, and not 4 of 6
+        assert row.value("decoupled_fraction_median") == 2.0
+
+    def test_the_interval_is_over_samples(self, tmp_path):
+        write_run(tmp_path / "a", "guided", [1, 1, 0, 0], seed=0, weights="w0")
+        write_run(tmp_path / "b", "guided", [3, 3, 3, 3], seed=1, weights="w1")
+        ((row,),) = (target.rows for target in compared(tmp_path).targets)
         estimate = row.summary["attack_success_rate"]
-        assert estimate["value"] == 75.0  # (50 + 100) / 2, and not 4 of 6
         # All of seed 1 flipped in any resample: only seed 0 spreads, and counts half.
         alone = bootstrap(np.array([100.0, 100, 0, 0]))
         assert estimate["low"] == pytest.approx((alone["low"] + 100) / 2)
         assert estimate["high"] == pytest.approx((alone["high"] + 100) / 2)
-        assert row.value("decoupled_fraction_median") == 2.0
 
     def test_pairs_are_of_the_same_seed(self, tmp_path):
         (pair,) = compared(self.seeds(tmp_path)).pairs
@@ -257,12 +263,27 @@ class TestSeeds:
     def test_one_seed_is_the_plain_bootstrap(self, values):
         column = np.array(values)
         for how in ("mean", "median"):
-            assert pooled([column], how, resamples=50) == bootstrap(column, how, resamples=50)
+            seeds = [{f"s{i}": value for i, value in enumerate(values)}]
+            assert pooled(seeds, how, resamples=50) == bootstrap(column, how, resamples=50)
 
     def test_nothing_to_measure(self):
-        nothing = np.full(3, np.nan)
-        assert pooled([nothing]) == {"value": None, "low": None, "high": None}
-        assert pooled([nothing, np.ones(3)])["value"] == 1.0
+        nothing = dict.fromkeys("abc", np.nan)
+        assert pooled([nothing]) == pooled([]) == {"value": None, "low": None, "high": None}
+        assert pooled([nothing, dict.fromkeys("abc", 1.0)])["value"] == 1.0
+
+    def test_seeds_of_the_same_samples_are_resampled_together(self):
+        """Three seeds that say the same say no more than one; three that have nothing to do with each other do."""
+        rng = np.random.default_rng(0)
+        first, second, third = ({i: float(x) for i, x in enumerate(rng.normal(size=400))} for _ in range(3))
+
+        def width(seeds) -> float:
+            estimate = pooled(seeds)
+            return estimate["high"] - estimate["low"]
+
+        assert width([first] * 3) == pytest.approx(width([first]))
+        assert width([first, second, third]) == pytest.approx(width([first]) / np.sqrt(3), rel=0.15)
+        apart = [{(place, i): x for i, x in column.items()} for place, column in enumerate([first] * 3)]
+        assert width(apart) == pytest.approx(width([first]) / np.sqrt(3), rel=0.15)
 
 
 class TestPairs:
@@ -276,17 +297,32 @@ class TestPairs:
         assert pair.area_p == pytest.approx(2 * 0.5**4)  # four differences, all for the guided attack
         assert [pair.success_holm, pair.area_holm] == [0.25, 0.25]
 
-    def test_mcnemar_by_hand(self):
-        assert mcnemar(8, 1) == pytest.approx(2 * (1 + 9) / 2**9)
-        assert mcnemar(1, 8) == mcnemar(8, 1)
+    @given(st.integers(0, 400), st.integers(0, 400), st.integers(0, 50))
+    def test_differences_of_one_size_are_mcnemar(self, only_first, only_second, neither):
+        differences = np.array([100.0] * only_first + [-100.0] * only_second + [0.0] * neither)
+        n = only_first + only_second
+        exact = binomtest(only_first, n).pvalue if n else 1.0
+        assert sign_flip(differences) == pytest.approx(exact, rel=1e-6)
 
-    def test_sign_flips_at_random_agree_with_all_of_them(self, monkeypatch):
-        differences = np.random.default_rng(0).normal(0.4, 1, 12)
-        exact = sign_flip(differences)
-        monkeypatch.setattr("muroan.report.compare.EXACT", 0)
-        assert sign_flip(differences) == pytest.approx(exact, abs=0.015)
+    @given(st.lists(st.floats(-100, 100).map(lambda x: round(x, 1)), max_size=10))
+    def test_all_sign_flips_of_a_few_by_brute_force(self, values):
+        units = np.rint(10 * np.array(values)).astype(int)  # whole numbers, so that no tie is decided by rounding
+        total = abs(units).sum()
+        flips = [abs(np.dot(signs, units)) for signs in itertools.product((1, -1), repeat=len(values))]
+        slack = len(values) * total / STEPS  # what counting in steps may move a sum by
+        least = np.mean([flip >= abs(units.sum()) + slack for flip in flips])
+        most = np.mean([flip >= abs(units.sum()) - slack for flip in flips])
+        assert least - 1e-9 <= sign_flip(units.astype(float)) <= most + 1e-9
+
+    def test_many_sign_flips(self):
         many = np.random.default_rng(1).normal(0.1, 1, 400)
         assert sign_flip(many) == pytest.approx(wilcoxon(many).pvalue, abs=0.05)
+        assert 0 < sign_flip(np.abs(many)) < 1e-100, "no floor, which a correction for many tests would lift above 0.05"
+
+    def test_a_sample_of_several_seeds_is_one_observation(self):
+        assert over_seeds([{"a": 4.0, "b": -2.0}, {"a": 6.0}]).tolist() == [1.0 + 3.0, -0.5]
+        alike = [dict.fromkeys("abcd", 100.0)] * 3
+        assert sign_flip(over_seeds(alike)) == pytest.approx(2 * 0.5**4), "and not of twelve"
 
     @given(st.lists(st.floats(0, 1), max_size=8))
     def test_holm(self, p):
@@ -523,8 +559,8 @@ class TestFiles:
     def test_pairs_csv(self, tmp_path):
         (line,) = read_csv(write([two(tmp_path / "runs")], tmp_path / "out").parent / "pairs.csv")
         assert [line["attack"], line["reference"], line["samples"]] == ["guided", "random_removal", "8"]
-        assert float(line["mcnemar_p"]) == 0.25
-        assert float(line["sign_flip_p"]) == 0.125
+        assert float(line["success_p"]) == 0.25
+        assert float(line["curve_area_p"]) == 0.125
         assert float(line["curve_area_difference"]) == pytest.approx(32.5)
 
     def test_the_same_records_give_the_same_bytes(self, tmp_path):

@@ -563,6 +563,25 @@ def test_parts_of_a_flip_across_quadrants():
     assert_flips_and_is_one_minimal(model, record)
 
 
+def test_more_parts_than_there_are_quadrants():
+    """Every other one of 16 blocks must go, and the others stay: eight parts, where everything is four."""
+    cells = [block(4, y, x) for y in range(4) for x in range(4)]
+    gone, kept = ([cell for i, cell in enumerate(cells) if (i + i // 4) % 2 == which] for which in (0, 1))
+    model = margins(lambda p: p.share(*gone).mean(1) - p.share(*kept).mean(1) + 0.9, image=(16, 16), words=0)
+    for objective in ("fraction", "parts"):
+        record = one(model, Decoupling(objective=objective))
+        assert set(record.removal.regions) == set(gone)
+        assert_flips_and_is_one_minimal(model, record)
+
+
+def test_cheap_atoms_of_different_prices_prove_nothing_by_number():
+    """Stretches of three samples and words together cost less than a block; two words are less than one stretch."""
+    model = flips_when(lambda p: p.gone(stretch(3, 0)) | p.gone(word(0), word(1)), image=(16, 16), audio=12, words=4)
+    record = one(model, threat_model=threat(500, image=8, audio=3))
+    assert record.removed == {"text": 2}
+    assert record.proven
+
+
 def test_a_proof_of_another_objective():
     """By the normalised measure, brute force is over other costs."""
     weights = [1.0, 2, 3, 4, 3, 3, 3, 3]
@@ -689,6 +708,19 @@ def test_the_embedding_decides_not_the_label():
     assert (clean, changed) == (0, 1)
     assert one(model).removed == {"text": 1}
     # Words alone flip the label, and leave the largest entry where it is.
+    assert one(model, Decoupling(embedding="argmax", modalities=["text"])).status == "held"
+
+
+def test_two_equal_largest_entries_have_not_moved():
+    """Word 3 changes nothing, and block (1, 1) makes the other of two equal entries the largest."""
+
+    def fusion(p: Present) -> Tensor:
+        gone = 1 - p.share(pixels(1, 1))
+        return torch.cat([torch.ones_like(gone), 1 + gone, 0 * gone], 1)
+
+    model = Blocks(lambda embedding: embedding[:, [0, 2]], fusion=fusion)
+    record = one(model, Decoupling(embedding="argmax"))
+    assert (record.status, record.removed, record.one_minimal) == ("flipped", {"image": 16}, True)
     assert one(model, Decoupling(embedding="argmax", modalities=["text"])).status == "held"
 
 

@@ -29,6 +29,7 @@ def run(
     seed: int = 0,
     budget: int | None = 500,
     lr: float = 0.1,
+    judged: bool = False,
     **more: Any,
 ) -> None:
     """An attack on a model under a defence; outcomes as in test_compare: removed percent, 0 held, None wrong before."""
@@ -41,6 +42,7 @@ def run(
             "attack": attack,
             "model": "m",
             "dataset": "d",
+            "judged": judged or "still_valid" in more,
             "defense": defense,
             "training": training,
             "classes": ["no", "yes"],
@@ -103,7 +105,17 @@ def test_the_verdict_by_hand(tmp_path: Path) -> None:
     [
         ([0] * 30, [1] * 30, "hard helped beyond its controls: robust accuracy +100.0 points"),
         ([1] * 30, [0] * 30, "hard did worse than a control: robust accuracy -100.0 points"),
-        ([3] * 30, [1] * 30, "hard did not help beyond its controls: robust accuracy +0.0 points"),
+        (
+            [3] * 30,
+            [1] * 30,
+            "hard did not help beyond its controls, though flips need larger removals: robust accuracy",
+        ),
+        # 5 samples and none: exactly 2 * 0.5^5 = 0.06, though the bootstrap interval leaves 0 out.
+        (
+            [0] * 5 + [1] * 25,
+            [1] * 30,
+            "hard did not help beyond its controls, though flips need larger removals: robust",
+        ),
     ],
 )
 def test_verdicts(tmp_path: Path, hard: list[Any], control: list[Any], says: str) -> None:
@@ -114,7 +126,8 @@ def test_verdicts(tmp_path: Path, hard: list[Any], control: list[Any], says: str
     assert says in verdict.line
     assert f"hard {verdict.word} " in says
     assert verdict.beyond is not None
-    assert verdict.beyond.area["value"] == pytest.approx({0: -90, 3: -20, 1: 90}[hard[0]])
+    area = {"helped": -90, "did worse": 90}.get(verdict.word, -20 if hard[0] else -15)
+    assert verdict.beyond.area["value"] == pytest.approx(area)
 
 
 def test_of_equally_robust_controls_the_one_that_takes_larger_removals(tmp_path: Path) -> None:
@@ -123,6 +136,16 @@ def test_of_equally_robust_controls_the_one_that_takes_larger_removals(tmp_path:
         run(tmp_path, "decoupling", [size] * 30, name, control=True)
     (verdict,) = grid(tmp_path).verdicts()
     assert (verdict.control.name, verdict.beyond.area["value"]) == ("b", pytest.approx(-20))  # type: ignore[union-attr]
+
+
+def test_an_attack_that_flips_nothing_leaves_the_dataset_able_to_tell(tmp_path: Path) -> None:
+    for defense in (None, "hard"):
+        run(tmp_path, "decoupling", [1, 1, 0, 0], defense, still_valid=True)
+        run(tmp_path, "other", [0, 0, 0, 0], defense, judged=True)
+    found = grid(tmp_path)
+    assert found.worst(found.defenses[1])["robust_to_valid"]["value"] == 50.0
+    summary = found.defenses[1].attacks["other"].summary
+    assert summary["valid_success_rate"]["value"] == 0.0
 
 
 def test_where_the_dataset_can_tell_valid_flips_decide(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from torch import nn
 
 import muroan
-from muroan.attacks.base import Ask, Attack, BudgetExhausted, ThreatModel
+from muroan.attacks.base import Ask, Attack, BatchAttack, BudgetExhausted, ThreatModel
 from muroan.attacks.decoupling_reference import DecouplingReference
 from muroan.attacks.random_removal import RandomRemoval
 from muroan.data.samples import BadSample, Example, PreparedDataset, Sample
@@ -700,6 +701,57 @@ def test_batches_are_full():
     sizes = [rows for what, rows in model.calls if what == "fuse"]
     assert max(sizes) == 8
     assert sum(size == 8 for size in sizes[:-8]) >= 0.9 * len(sizes[:-8])
+
+
+class Dense(MultimodalModel):
+    """Two layers on six pixels, in single precision."""
+
+    def __init__(self) -> None:
+        super().__init__({"image": Image(SIZE, mean=(0.5,), std=(0.5,))}, num_classes=2)
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(6, 32), nn.Linear(32, 2)
+        self.eval()
+
+    def encode(self, modality, x):
+        return x.flatten(1)
+
+    def fuse(self, features):
+        return self.first(features["image"])
+
+    def head(self, embedding):
+        return self.last(embedding.relu())
+
+
+class Looks(BatchAttack):
+    """Notes what the model says to the clean input, and flips nothing."""
+
+    def __init__(self) -> None:
+        self.told: list[torch.Tensor] = []
+
+    def perturb(self, target):
+        prediction = target.predict({"image": target.inputs["image"]})
+        loss, _ = target.gradient(lambda p, labels: F.cross_entropy(p.logits, labels, reduction="none"), of=["image"])
+        self.told += [prediction.logits, loss.logits, target.clean.logits]
+        return [None] * len(target)
+
+
+@pytest.mark.parametrize("precision", ["32", "bf16"])
+def test_an_attack_searches_in_the_arithmetic_that_it_is_judged_in(precision):
+    model, attack = Dense(), Looks()
+    values = np.arange(6, dtype=np.uint8).reshape(SIZE) * 40
+    sample = PreparedDataset([Example("s", {"image": values}, 0)], model.modalities, 2)[0]
+    sample = replace(sample, label=int(model({"image": sample.inputs["image"][None]}).logits.argmax()))
+    list(QueryEngine(model, attack, None, 4, precision).run([sample]))
+    predicted, differentiated, clean = attack.told
+    assert predicted.dtype == torch.float32
+    assert torch.equal(predicted, clean)
+    assert torch.equal(differentiated, clean)
+    assert torch.equal(clean, model({"image": sample.inputs["image"][None]}).logits) == (precision == "32")
+
+
+def test_a_label_that_the_model_has_no_class_for_is_told():
+    with pytest.raises(MuroanError, match=r"'s0' has label 5, but the model has the classes 0 to 2"):
+        list(QueryEngine(RandomToy(), Scripted(lambda sample: iter(())), SINGLE, 4).run([replace(white(), label=5)]))
 
 
 def test_searches_leave_the_cores_to_the_model():

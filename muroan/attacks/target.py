@@ -267,7 +267,8 @@ class Target:
             else:
                 features[name] = map_features(lambda room: room[rows], self._features[name])
         embedding = self.model.fuse(features)
-        return Prediction(embedding, self.model.head(embedding))
+        dtype = self.clean.logits.dtype  # losses are taken in the model's own precision, also under autocast
+        return Prediction(embedding.to(dtype), self.model.head(embedding).to(dtype))
 
     def _watch(self, prediction: Prediction, rows: Tensor, cost: int) -> None:
         """Note first flips. The rows of a pass count as if asked one by one: how they are packed must not show."""

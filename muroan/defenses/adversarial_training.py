@@ -29,12 +29,15 @@ from muroan.training.module import weights_hash
 
 Found = Removal | Perturbation
 
+PLAIN = (bool, int, float, str, list, tuple, type(None))  # an attack's options, beside what it keeps for itself
+
 CHUNK = 256  # samples of an offline set that are attacked, and kept, at a time
 
 
 class AdversarialTraining(Defense):
     """Trains on a mixture of clean and adversarial samples (Goodfellow et al. 2015, arXiv 1412.6572, and, mixed within
-    the batch, Kurakin et al. 2017, arXiv 1611.01236); with PGD and ratio 1, it is Madry et al. 2018 (arXiv 1706.06083).
+    the batch, Kurakin et al. 2017, arXiv 1611.01236); with PGD and ratio 1, it is Madry et al. 2018 (arXiv 1706.06083),
+    but for samples that the model gets wrong, which stay clean.
 
     Online, the model as it stands is attacked at every step. Offline, the model that training starts from is attacked
     once, and what flips it is mixed in: cheaper, and blind to what the training changes, which is the classic recipe of
@@ -202,6 +205,7 @@ class AdversarialTraining(Defense):
         assert self.attack is not None
         about = {
             "attack": self.attack.name,
+            "options": {key: repr(value) for key, value in vars(self.attack).items() if isinstance(value, PLAIN)},
             "samples": samples,
             "processes": self.trainer.world_size,
             "seed": self.seed,

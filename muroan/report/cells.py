@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from muroan.metrics import pooled
 from muroan.report import plots
 from muroan.report.compare import (
     HEADINGS,
@@ -26,7 +27,6 @@ from muroan.report.compare import (
     Row,
     latex_grid,
     markdown_grid,
-    pooled,
     write_csv,
 )
 from muroan.report.tables import DEFINITIONS, MAIN, SEARCH, Column, figure, interval, present
@@ -116,8 +116,9 @@ class Entry:
         """Every metric over all seeds, with its interval over samples."""
         if self.within is None:
             return Row(self.runs).summary if self.runs else {}
-        seeds = [columns_within(run, self.within) for run in self.runs]
-        return {name: pooled([table[name][0] for table in seeds], how) for name, (_, how) in (seeds or [{}])[0].items()}
+        seeds = [(run, columns_within(run, self.within)) for run in self.runs]
+        hows = {name: how for _, table in seeds for name, (_, how) in table.items()}
+        return {name: pooled([run.by_id(table[name][0]) for run, table in seeds], how) for name, how in hows.items()}
 
     @cached_property
     def by_seed(self) -> list[Mapping[str, Estimate]]:

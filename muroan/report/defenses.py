@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 
 from muroan.errors import MuroanError
-from muroan.metrics import curve_score
+from muroan.metrics import curve_score, pooled
 from muroan.report import plots
-from muroan.report.compare import Estimate, Row, pooled
+from muroan.report.compare import Estimate, Row, holm, over_seeds, probability, sign_flip
 from muroan.report.tables import escaped, figure, interval, latex_table, markdown_table, tex, whole, write_csv
 from muroan.runs import Run, find_runs, flat
 
 UNDEFENDED = "undefended"
 WORST = "worst case"
+LEVEL = 0.05  # of p, below which a defence is said to have helped
 
 METRICS = ["clean_accuracy", "robust_accuracy", "robust_to_valid", "attack_success_rate", "decoupled_fraction_mean"]
 METRICS += ["decoupled_fraction_median", "curve_area", "queries"]
@@ -72,6 +73,11 @@ class Defended:
     def runs(self) -> list[Run]:
         return [run for row in self.attacks.values() for run in row.runs]
 
+    @cached_property
+    def judged(self) -> bool:
+        """Whether the dataset can tell if a label is still right after a flip."""
+        return any(run.judged for run in self.runs)
+
     @property
     def undefended(self) -> bool:
         return self.name == UNDEFENDED
@@ -96,10 +102,9 @@ class Defended:
             for run in row.runs if row is not None and row.kind == "removal" else ():
                 if run.about.get("seed") != seed:
                     continue
-                judged = any(r.still_valid is not None for r in run.records)
                 for r in run.records:
                     size = r.decoupled_fraction if r.flipped else np.inf
-                    valid = (size if r.still_valid else np.inf) if judged else np.nan
+                    valid = (size if r.still_valid else np.inf) if self.judged else np.nan
                     known = found.get(r.id, Outcome(r.clean_label == r.label, np.inf, valid))
                     found[r.id] = Outcome(known.right, min(known.size, size), float(np.minimum(known.valid, valid)))
         return found
@@ -113,12 +118,14 @@ class Difference:
         robust: difference of the robust accuracies under all removal attacks together.
         valid: the same, counting only flips that leave the label right; without a value where the dataset cannot tell.
         area: difference of the areas under the success curves: below 0, flips need larger removals.
+        p: of `decisive`, by the exact sign-flip test over samples, two-sided.
         samples, seeds: how many were paired.
     """
 
     robust: Estimate
     valid: Estimate
     area: Estimate
+    p: float
     samples: int
     seeds: int
 
@@ -135,25 +142,36 @@ class Difference:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A defence against the undefended model and against the best of its controls."""
+    """A defence against the undefended model and against the best of its controls.
+
+    Attributes:
+        p: of the difference to that control, after Holm's correction over the verdicts on this model.
+    """
 
     defense: Defended
     undefended: Difference | None
     control: Defended | None
     beyond: Difference | None
+    p: float = 1.0
 
     @property
     def helped(self) -> bool:
         """Whether it is more robust than the best control, beyond what chance explains."""
-        return self.beyond is not None and (self.beyond.decisive["low"] or 0) > 0
+        return self.word == "helped"
 
     @property
     def word(self) -> str:
         """The finding in a word or two, empty where there is no control."""
         if self.beyond is None:
             return ""
-        lost = self.beyond.decisive["high"] is not None and self.beyond.decisive["high"] < 0
-        return "helped" if self.helped else "did worse" if lost else "did not help"
+        if self.p >= LEVEL:
+            return "did not help"
+        return "helped" if (self.beyond.decisive["value"] or 0) > 0 else "did worse"
+
+    @property
+    def larger(self) -> bool:
+        """Whether flips need larger removals than under the control: all that there is to see where nothing holds."""
+        return self.beyond is not None and self.beyond.area["high"] is not None and self.beyond.area["high"] < 0
 
     @property
     def line(self) -> str:
@@ -162,6 +180,7 @@ class Verdict:
             return f"{self.defense.name}: there is no control to compare with, so that no claim can be made."
         judged, robust, area = self.beyond.decisive, self.beyond.robust, self.beyond.area
         what = f"{self.word} {'than a control' if self.word == 'did worse' else 'beyond its controls'}"
+        what += ", though flips need larger removals" if self.larger and not self.helped else ""
         gains = f"robust accuracy {_points(robust)} against {self.control.name}"
         if judged is not robust:
             gains = f"robust accuracy to valid flips {_points(judged)} against {self.control.name}, "
@@ -169,8 +188,9 @@ class Verdict:
         if self.undefended is not None:
             gains += f" (against the undefended model {_points(self.undefended.decisive)})"
         return (
-            f"{self.defense.name} {what}: {gains}, curve area {_points(area)} (below 0, flips need larger removals); "
-            f"{whole(self.beyond.samples)} paired samples, {self.beyond.seeds} seed{'s'[: self.beyond.seeds != 1]}."
+            f"{self.defense.name} {what}: {gains}, p {probability(self.p)}, curve area {_points(area)} (below 0, flips "
+            f"need larger removals); {whole(self.beyond.samples)} paired samples, {self.beyond.seeds} "
+            f"seed{'s'[: self.beyond.seeds != 1]}."
         )
 
 
@@ -193,26 +213,29 @@ class Grid:
 
     def worst(self, defense: Defended) -> dict[str, Estimate]:
         """Robust accuracies and curve area under all removal attacks together."""
-        by_seed = [list(defense.outcomes(seed, self.attacks).values()) for seed in defense.seeds]
-        by_seed = [outcomes for outcomes in by_seed if outcomes]
+        seeds = [defense.outcomes(seed, self.attacks) for seed in defense.seeds]
         return {
-            "robust_accuracy": pooled([np.array([o.robust for o in outcomes]) for outcomes in by_seed]),
-            "robust_to_valid": pooled([np.array([o.robust_to_valid for o in outcomes]) for outcomes in by_seed]),
-            "curve_area": pooled([np.array([o.area for o in outcomes if o.right]) for outcomes in by_seed]),
+            "robust_accuracy": pooled([{key: o.robust for key, o in found.items()} for found in seeds]),
+            "robust_to_valid": pooled([{key: o.robust_to_valid for key, o in found.items()} for found in seeds]),
+            "curve_area": pooled([{key: o.area for key, o in found.items() if o.right} for found in seeds]),
         }
 
     def difference(self, a: Defended, b: Defended) -> Difference | None:
         """`a` less `b`; None where they share no sample."""
-        robust, valid, area = [], [], []
+        robust: list[dict[Any, float]] = []
+        valid, area = list(robust), list(robust)
         for seed in (seed for seed in a.seeds if seed in b.seeds):
             attacks = [name for name in self.attacks if name in a.attacks and name in b.attacks]
             first, second = a.outcomes(seed, attacks), b.outcomes(seed, attacks)
-            both = [(first[key], second[key]) for key in first if key in second]
-            robust.append(np.array([x.robust - y.robust for x, y in both]))
-            valid.append(np.array([x.robust_to_valid - y.robust_to_valid for x, y in both]))
-            area.append(np.array([x.area - y.area for x, y in both if x.right and y.right]))
+            both = {key: (first[key], second[key]) for key in first if key in second}
+            robust.append({key: x.robust - y.robust for key, (x, y) in both.items()})
+            valid.append({key: x.robust_to_valid - y.robust_to_valid for key, (x, y) in both.items()})
+            area.append({key: x.area - y.area for key, (x, y) in both.items() if x.right and y.right})
         samples = sum(map(len, robust))
-        return Difference(pooled(robust), pooled(valid), pooled(area), samples, len(robust)) if samples else None
+        if not samples:
+            return None
+        p = sign_flip(over_seeds(valid if a.judged and b.judged else robust))
+        return Difference(pooled(robust), pooled(valid), pooled(area), p, samples, len(robust))
 
     def verdicts(self) -> list[Verdict]:
         """One for each defence that is no control."""
@@ -227,7 +250,8 @@ class Grid:
             best, beyond = min(against, key=lambda pair: pair[1].gain, default=(None, None))
             gain = None if plain is None else self.difference(defense, plain)
             found.append(Verdict(defense, gain, best, beyond))
-        return found
+        corrected = iter(holm([verdict.beyond.p for verdict in found if verdict.beyond is not None]))
+        return [replace(v, p=next(corrected)) if v.beyond is not None else v for v in found]
 
 
 def grids(runs: Sequence[Run]) -> list[Grid]:
@@ -397,7 +421,9 @@ NOTE = (
     "By attack: robust accuracy, in brackets the success rate and the mean decoupled (or changed) fraction of the "
     "flips, all in percent. Worst case: a sample counts as robust if none of the removal attacks flips it, and the "
     "smallest of their flips goes into the curve. Valid flips are those after which the label is still right, says the "
-    "dataset; where it can tell, a defence is judged by them. Cost: samples trained on, repeats counted, passes of the "
+    "dataset; where it can tell, a defence is judged by them: p is of the exact sign-flip test over the samples that "
+    "it and the best control share (of one seed, McNemar's), after Holm's correction over the defences of the model; "
+    "below 0.05 it helped, or did worse. Cost: samples trained on, repeats counted, passes of the "
     "training's own attack, wall time; means over seeds. Brackets after a figure: 95 % bootstrap interval."
 )
 
@@ -436,22 +462,22 @@ def _lines(found: Sequence[Grid]) -> list[list[object]]:
     head: list[object] = ["dataset", "model", "defense", "control", "attack", "seeds", "samples"]
     head += [metric + span for metric in METRICS for span in spans]
     costs = ["rows", "attack_forwards", "attack_backwards", "seconds"]
-    head += [*costs, "verdict"]
+    head += [*costs, "verdict", "larger"]
     lines = [head]
     for grid in found:
-        words = {verdict.defense.name: verdict.word for verdict in grid.verdicts()}
+        verdicts = {verdict.defense.name: verdict for verdict in grid.verdicts()}
         for defense in grid.defenses:
             cost = defense.cost()
             paid = [cost.get(key, "") for key in costs]
             own: list[object] = [grid.dataset, grid.model, defense.name, defense.control]
             for name, row in defense.attacks.items():
                 summary = row.summary
-                lines.append([*own, name, len(row.runs), row.samples, *_numbers(summary), *paid, ""])
+                lines.append([*own, name, len(row.runs), row.samples, *_numbers(summary), *paid, "", ""])
             worst = grid.worst(defense)
             samples = sum(len(defense.outcomes(seed, grid.attacks)) for seed in defense.seeds)
-            lines.append(
-                [*own, WORST, len(defense.seeds), samples, *_numbers(worst), *paid, words.get(defense.name, "")]
-            )
+            verdict = verdicts.get(defense.name)
+            said = ["", ""] if verdict is None else [verdict.word, verdict.larger]
+            lines.append([*own, WORST, len(defense.seeds), samples, *_numbers(worst), *paid, *said])
     return lines
 
 
