@@ -122,9 +122,9 @@ def certificate(summary: dict) -> str:
     broken = sum(len(attack["broken"]) for attack in summary["attacks"].values())
     robust = ", ".join(figure(attack["robust_accuracy"], "rate") for attack in summary["attacks"].values())
     return (
-        f"{figure(summary['accuracy'], 'rate')} % right with a certificate (of {summary['samples']} samples, "
-        f"{summary['abstained']} abstained); median certified elements: {alone or 'none'}; robust accuracy of the vote "
-        f"under decoupling {robust or '–'} %, certificates broken: {broken}"
+        f"{figure(summary['accuracy'], 'rate')} % right and not abstaining (of {summary['samples']} samples, "
+        f"{summary['abstained']} abstained), half of these certified against {alone or 'nothing'} or more; robust "
+        f"accuracy of the vote under decoupling {robust or '–'} %, certificates broken: {broken}"
     )
 
 

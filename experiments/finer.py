@@ -15,7 +15,7 @@ CAPTION = (
     "Finer regions: as for vulnerability, but image regions are halved as long as they are longer than {finest} "
     "pixels, where the other tables stop at 10. {samples} test samples of each dataset, at most {budget} queries each."
 )
-SHOWN = ["attack_success_rate", "valid_success_rate", "curve_area"]
+SHOWN = ["clean_accuracy", "robust_accuracy", "attack_success_rate", "valid_success_rate", "curve_area"]
 SHOWN += ["decoupled_fraction_mean", "decoupled_fraction_median", "proven", "queries"]
 
 

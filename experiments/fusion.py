@@ -16,7 +16,7 @@ CAPTION = (
     "Attacked are {samples} test samples, with at most {budget} queries each. Samples that a model gets wrong are not "
     "attacked, so that the attacked ones differ a little from row to row."
 )
-SHOWN = ["clean_accuracy", "attack_success_rate", "valid_success_rate", "curve_area"]
+SHOWN = ["clean_accuracy", "robust_accuracy", "attack_success_rate", "valid_success_rate", "curve_area"]
 SHOWN += ["decoupled_fraction_mean", "decoupled_fraction_median", "queries"]
 
 

@@ -21,7 +21,8 @@ from muroan.results import AttackResult
 CAPTION = (
     "{samples} test samples, the usual regions; decoupling with at most {budget} queries, brute force with "
     "at most {asked}. What brute force finds is the smallest flip there is; ours *reaches* it where it is as small. "
-    "Where brute force *ran out* the minimum is not known; ours *longer* is our search with {asked} queries."
+    "Where brute force *ran out* the minimum is not known; ours *longer* is our search with {asked} queries and "
+    "no limit to its patience."
 )
 HEADS = ["dataset", "model", "seeds", "attacked", "minimum known", "reached (%)"]
 HEADS += ["smallest flip, mean (%)", "ours, mean (%)", "ran out", "ours there, mean (%)", "ours longer, mean (%)"]

@@ -21,7 +21,8 @@ CAPTION = (
     "elements of that modality. The shares say in which modality alone a removal lies, or that it lies in several "
     "jointly; interaction, that it flips only jointly, none of its parts in one modality alone."
 )
-SHOWN = ["attack_success_rate", "valid_success_rate", "decoupled_fraction_mean", "decoupled_fraction_median"]
+SHOWN = ["clean_accuracy", "robust_accuracy", "attack_success_rate", "valid_success_rate"]
+SHOWN += ["decoupled_fraction_mean", "decoupled_fraction_median"]
 
 
 def main() -> None:

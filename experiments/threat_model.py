@@ -24,7 +24,7 @@ CAPTION = (
     "not as in the other tables. Regions with a side longer than the finest one are split. The smaller budgets are "
     "what the same run had in hand after so many queries; a search that knew of them might do better."
 )
-SHOWN = ["attack_success_rate", "valid_success_rate", "curve_area"]
+SHOWN = ["clean_accuracy", "robust_accuracy", "attack_success_rate", "valid_success_rate", "curve_area"]
 SHOWN += ["decoupled_fraction_mean", "decoupled_fraction_median", "one_minimal", "queries"]
 
 

@@ -137,7 +137,8 @@ class TestCells:
         head, group, row, heading, last = rows_of(text)
         assert head == ["attack", "seeds", "success rate (%)", "decoupled fraction, mean (%)"]  # nothing was proven
         assert group[0] == "**d · m**"
-        assert [row[0], row[1], row[3]] == ["a", "0, 1", "3.00 (1.50–4.50)"]
+        assert [row[0], row[1]] == ["a", "0, 1"]
+        assert re.fullmatch(r"3\.00 \[.*\] \(1\.50–4\.50\)", row[3])
         assert re.fullmatch(r"83\.3 \[.*\] \(66\.7–100\.0\)", row[2])
         assert "other data and other weights" in heading[0]
         assert last == ["the paper's", "", "100.0", "–"]

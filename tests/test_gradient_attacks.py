@@ -30,6 +30,7 @@ from muroan.attacks.values import Values
 from muroan.callbacks import AttackCallback
 from muroan.data.base import MultimodalData
 from muroan.data.samples import Example, PreparedDataset, Sample
+from muroan.defenses.mmcert import SmoothedModel
 from muroan.errors import MuroanError
 from muroan.modalities import Audio, Image, Region, Text, WordTokenizer
 from muroan.models.base import MultimodalModel, Prediction
@@ -45,7 +46,8 @@ FINE = {"image": 1, "audio": 4}  # the threat model's min_side
 
 
 class Toy(MultimodalModel):
-    """Each modality times a matrix, summed; then a tangent (unless `linear`), then logits. All in double precision."""
+    """Each modality times a matrix, summed; then a tangent (unless `linear`), then logits. In double precision, unless
+    made another."""
 
     def __init__(self, modalities: dict, classes: int = 3, linear: bool = False, seed: int = 0, bias: float = 0):
         super().__init__(modalities, classes)
@@ -71,7 +73,7 @@ class Toy(MultimodalModel):
     def encode(self, modality, x):
         if modality == "text":
             return (self.word(x) * self.weights["text"]).sum(1)
-        return x.flatten(1).double() @ self.weights[modality]
+        return x.flatten(1).to(self.weights[modality]) @ self.weights[modality]
 
     def fuse(self, features):
         self.calls.append(("fuse", len(next(iter(features.values())))))
@@ -361,6 +363,29 @@ def test_donors_of_the_same_class_are_passed_over_and_no_donor_is_a_flip():
     assert target.queries[0] == 5
 
 
+def test_an_anchor_is_looked_for_among_all_donors():
+    model = Toy(IMAGE | TEXT)
+    samples = samples_of(model, 60)
+    one = samples[0]
+    same = [s for s in samples[1:] if s.label == one.label][:15]
+    (other,) = [s for s in samples[1:] if s.label != one.label][:1]
+    last = int(np.random.default_rng(0).permutation(16)[-1])  # from the generator of the sample in `target_of`
+    donors = [*same[:last], other, *same[last:]]
+
+    def anchored(among: list[Sample], budget: float = float("inf"), **options: Any) -> tuple[Any, int, bool]:
+        target = target_of(model, [one], budget, donors=stacked(among))
+        rows, anchors = FusionEmbedding(**options).anchors(target)
+        assert (len(rows) == 1) == bool(anchors.any())
+        return target.samples[0].info["anchor"], int(target.queries[0]), bool(target.refused[0])
+
+    assert anchored(donors) == (last, 16, False)
+    assert anchored(same) == (None, 15, False)
+    assert anchored(donors, donors=8) == (None, 8, False)
+    assert anchored(donors, budget=15) == (None, 15, True)
+    (record,) = attacked(model, FusionEmbedding(), [one], donors=same)
+    assert (record.status, record.info["anchor"], record.queries) == ("held", None, 15)
+
+
 def test_fusion_embedding_moves_the_embedding_towards_the_anchor():
     model = Stubborn(IMAGE | TEXT)
     samples = [replace(s, label=0) for s in samples_of(model, 6)]
@@ -437,6 +462,37 @@ def test_attributions_of_a_linear_model_are_weight_times_input():
             assert gradient[row][i] == pytest.approx(values.abs().sum().item())
 
 
+def test_gradients_by_words_need_one_call_of_the_table():
+    class Calls(Toy):
+        """Looks up the text, another token, or other ids of the same shape."""
+
+        def __init__(self, *calls: str):
+            super().__init__(IMAGE | TEXT, linear=True)
+            self.order = calls
+
+        def encode(self, modality, x):
+            if modality == "image":
+                return super().encode(modality, x)
+            ids = {"text": x, "hint": x.new_tensor([[3]]), "shifted": x.roll(1, 1)}
+            return sum((self.word(ids[call]) * self.weights["text"]).sum(1) for call in self.order)
+
+    samples = samples_of(Calls("text"), 4)
+    for model in (Calls("text"), Calls("hint", "text"), Calls("text", "hint")):
+        _, found = target_of(model, samples).gradient(lambda p, y: p.logits[:, 0], of=["text"])
+        expected = model.weights["text"] * model.out[:, 0]
+        torch.testing.assert_close(found["text"], expected.detach().expand(4, -1, -1))
+        assert "encode" not in vars(model)
+    for model, count in ((Calls("text", "text"), "2"), (Calls("shifted", "hint"), "none")):
+        message = rf"words of 'text' .*token ids .*, \(4, 8\), in one call .*{count} did: choose"
+        with pytest.raises(MuroanError, match=message):
+            target_of(model, samples).gradient(Target.margin, of=["text", "image"])
+        assert "encode" not in vars(model)
+        assert not model.word._forward_hooks
+    smoothed = SmoothedModel(Toy(IMAGE | TEXT), {"image": 0.5, "text": 0.5}, votes=3)
+    with pytest.raises(MuroanError, match=r"in one call of its nn\.Embedding; .*none did: choose an attack"):
+        attacked(smoothed, SaliencyRemoval(), samples_of(smoothed, 4))
+
+
 def test_integrated_gradients_sum_to_what_the_input_adds():
     """Completeness: all attributions, with those of special tokens and padding, are the margin less that of zeros."""
     model = Toy(IMAGE, seed=1, classes=2)
@@ -476,7 +532,7 @@ def test_occlusion_without_captum_is_told(monkeypatch):
     for name in [n for n in sys.modules if n.split(".")[0] == "captum"] + ["captum"]:
         monkeypatch.setitem(sys.modules, name, None)
     model = Toy(IMAGE | TEXT)
-    with pytest.raises(MuroanError, match=r"pip install 'muroan\[captum\]'"):
+    with pytest.raises(MuroanError, match=r"pip install -e '\.\[captum\]'"):
         attacked(model, SaliencyRemoval("occlusion"), samples_of(model, 1))
 
 
@@ -601,6 +657,14 @@ def test_a_budget_that_is_just_enough_is_not_exhausted(make):
     assert record.to_json() != free.to_json()
 
 
+@pytest.mark.parametrize("kind", [PgdLinf, PgdL2])
+def test_a_look_that_is_not_made_needs_no_budget(kind):
+    model = Stubborn(IMAGE)
+    for budget, status in ((7, "budget_exhausted"), (8, "held"), (9, "held")):
+        (record,) = attacked(model, kind(0.1, 0.02, 4, stop_early=False), samples_of(model, 1), max_queries=budget)
+        assert (record.status, record.queries) == (status, min(budget, 8) // 2 * 2)
+
+
 class Uneven(BatchAttack):
     """Sample n asks n % 5 + 1 times, then claims that the opposite of its image flips it."""
 
@@ -684,6 +748,28 @@ def test_an_easy_model_is_flipped(make):
         assert r.adversarial_label != r.label
         assert r.attack == make().name
         assert r.decoupled_fraction > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("make", list(ATTACKS.values())[:6], ids=list(ATTACKS)[:6])
+def test_models_of_every_precision(make, dtype, monkeypatch):
+    """Padding has no gradient, and the gradient of a confident answer is 0 in half precision: neither becomes NaN."""
+    given, moved = [], []
+    inputs = Values.inputs
+
+    def spy(values: Values, delta: torch.Tensor, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        moved.append(delta)
+        given.append(inputs(values, delta, rows))
+        return given[-1]
+
+    monkeypatch.setattr(Values, "inputs", spy)
+    for bias in (0, 20):
+        model = Toy(IMAGE | TEXT | AUDIO, seed=2, bias=bias)
+        samples, donors = samples_of(model, 8), samples_of(model, 8, seed=1)
+        attacked(model.to(dtype), make(), samples, donors=donors)
+    assert given
+    assert all(x.dtype == dtype and x.isfinite().all() for changed in given for x in changed.values())
+    assert {delta.dtype for delta in moved} == {torch.promote_types(dtype, torch.float32)}
 
 
 @BOTH

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +17,10 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import nn
 
+from muroan import evaluate
+from muroan.attacks.saliency_removal import SaliencyRemoval
+from muroan.attacks.target import Target
+from muroan.data.samples import Example, PreparedDataset
 from muroan.errors import MuroanError
 from muroan.modalities import Audio, Image, Text, WordTokenizer
 from muroan.models.encoders import (
@@ -593,6 +601,34 @@ def test_full_mmbt_with_random_weights():
         ).pooler_output
         padded = F.pad(ids, (0, TEXT.max_length - 4), value=TEXT.tokenizer.pad_id)
         torch.testing.assert_close(model.fuse({"image": image[:1], "text": padded}), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["gradient", "integrated_gradients"])
+def test_gradients_by_the_words_of_full_mmbt(method):
+    """What autograd says of the table's rows, of a text in which no word comes twice."""
+    from muroan.models.mmbt_full import MMBTFull
+
+    model = MMBTFull({"image": IMAGE, "text": TEXT}, CLASSES, TINY_BERT, TINY_RESNET, size=(64, 64))
+    scramble(model)
+    example = Example("a", {"image": np.full((64, 64, 3), 90, np.uint8), "text": "is there a red circle"}, 0)
+    (sample,) = PreparedDataset([example], model.modalities, CLASSES)
+    inputs = {name: x[None] for name, x in sample.inputs.items()}
+    with torch.no_grad():
+        clean = model(inputs)
+        features = {name: model.encode(name, x) for name, x in inputs.items()}
+    labels = clean.logits.argmax(1)
+    view = SimpleNamespace(layouts=sample.layouts, modalities=model.modalities)
+    target = Target(model, [view], inputs, labels, [math.inf], features, clean, {})
+    _, found = target.gradient(Target.margin, {}, of=["image", "text"])
+    assert found["text"].shape == (1, TEXT.max_length, 16)
+    table = model.bert.get_input_embeddings().weight
+    (by_row,) = torch.autograd.grad(Target.margin(model(inputs), labels).sum(), table)
+    for start, stop in sample.layouts["text"].spans:
+        for at in range(start, stop):
+            torch.testing.assert_close(found["text"][0, at], by_row[inputs["text"][0, at]])
+    assert "encode" not in vars(model)
+    record = evaluate(model, [replace(sample, label=int(labels))], SaliencyRemoval(method, 3))[0]
+    assert record.ledger["attribute"].backwards == (1 if method == "gradient" else 3)
 
 
 def test_full_mmbt_from_checkpoints(tmp_path, wordpiece):

@@ -193,7 +193,7 @@ def test_wandb_without_a_login_is_told_before_there_is_anything_to_lose(tmp_path
     [
         (
             ["hydra.launcher._target_=hydra_plugins.hydra_absent_launcher.launcher.AbsentLauncher"],
-            "this launcher is not installed: pip install 'muroan[absent]'",
+            "this launcher is not installed: pip install -e '.[absent]'",
         ),
         pytest.param(
             ["hydra/launcher=submitit_slurm"],

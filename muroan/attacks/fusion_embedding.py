@@ -21,14 +21,15 @@ class FusionEmbedding(BatchAttack):
     Adam descends on max(0, slack + pull * d(z', anchor) - push * d(z', z)), where z is the fusion embedding, z' the
     changed one and d one less the cosine similarity, plus the mean squared change of each modality. Only the continuous
     input moves, in units of the model's input. The anchor is the embedding of another sample that the model puts into
-    another class: donors are drawn from the sample's own generator and asked, a query each, until there is one. A step
-    costs 2 queries, forward and backward; a sample is done at its first flip, or at a last look after the last step.
-    Differs from the released code in that values stay in their range and that the anchor must be of another class.
+    another class: donors are drawn from the sample's own generator and asked, a query each, until there is one, whose
+    place among the donors a record's info["anchor"] says; without one, None there, nothing is tried. A step costs 2
+    queries, forward and backward; a sample is done at its first flip, or at a last look after the last step. Differs
+    from the released code in that values stay in their range and that the anchor must be of another class.
 
     Args:
         steps, step: most steps, and Adam's; 500 and 0.001 as released.
         slack, pull, push: 0.5, 1.8 and 1.5 as released.
-        donors: most donors to ask for an anchor.
+        donors: most donors to ask for an anchor; null for all that there are.
         modalities: which to change; null for all continuous ones.
 
     Raises:
@@ -44,11 +45,12 @@ class FusionEmbedding(BatchAttack):
         slack: float = 0.5,
         pull: float = 1.8,
         push: float = 1.5,
-        donors: int = 8,
+        donors: int | None = None,
         modalities: Sequence[str] | None = None,
     ):
-        check_positive(self.name, steps=steps, step=step, slack=slack, pull=pull, push=push, donors=donors)
-        self.steps, self.step, self.donors, self.modalities = int(steps), step, int(donors), modalities
+        check_positive(self.name, steps=steps, step=step, slack=slack, pull=pull, push=push)
+        check_positive(self.name, **({} if donors is None else {"donors": donors}))
+        self.steps, self.step, self.donors, self.modalities = int(steps), step, donors, modalities
         self.slack, self.pull, self.push = slack, pull, push
 
     def perturb(self, target: Target) -> Sequence[Perturbation | None]:
@@ -95,11 +97,14 @@ class FusionEmbedding(BatchAttack):
                 "donors=..., a list of samples that are not attacked (`muroan attack` takes validation samples)"
             )
         size = len(next(iter(target.donors.values())))
+        most = size if self.donors is None else min(int(self.donors), size)
         order = torch.stack([torch.from_numpy(sample.rng.permutation(size)) for sample in target.samples])
         order = order.to(target.device)
+        for sample in target.samples:
+            sample.info["anchor"] = None
         anchors = torch.zeros_like(target.clean.embedding)
         having = torch.zeros(len(target), dtype=torch.bool, device=target.device)
-        for at in range(min(self.donors, size)):
+        for at in range(most):
             rows = target.able((~having).nonzero()[:, 0], 1)
             if not len(rows):
                 break
@@ -108,6 +113,8 @@ class FusionEmbedding(BatchAttack):
             other = target.flipped(prediction, rows)
             anchors[rows[other]] = prediction.embedding[other].to(anchors)
             having[rows[other]] = True
+            for row in rows[other].tolist():
+                target.samples[row].info["anchor"] = int(order[row, at])
         return having.nonzero()[:, 0], anchors
 
 

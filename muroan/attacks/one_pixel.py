@@ -6,13 +6,14 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from torch import Tensor
 
 from muroan.attacks.base import BatchAttack, Perturbation, Target
 from muroan.attacks.canvas import Canvas, Paint
+from muroan.attacks.greedy import ROUNDING
 from muroan.errors import MuroanError
 from muroan.modalities import Image
-
-ROUNDING = 1e-6  # a likelihood must fall by more than what the arithmetic of another batch size may make of it
+from muroan.models.base import Prediction
 
 
 class OnePixel(BatchAttack):
@@ -20,8 +21,8 @@ class OnePixel(BatchAttack):
 
     Differential evolution as in the paper: places drawn uniformly and values from N(128, 127) of 255, children
     `a + 0.5 (b - c)` of three parents at random without crossover, each of which replaces the candidate of its number
-    if it makes the label less likely. The first generation in which a candidate flips the label ends it. What leaves
-    the range, of which the paper says nothing, is put at its edge.
+    if it makes the label less likely, by its log-odds. The first generation in which a candidate flips the label ends
+    it. What leaves the range, of which the paper says nothing, is put at its edge.
 
     The evolution is our own, over a batch, as that of scipy handles one sample at a time.
 
@@ -63,12 +64,12 @@ class OnePixel(BatchAttack):
             paints = [self._paint(canvas, row, child) for row, child in pairs]
             prediction = canvas.ask([row for row, _ in pairs], paints)
             rows = target.labels.new_tensor([row for row, _ in pairs])
-            label = prediction.logits.double().log_softmax(1).gather(1, target.labels[rows, None])[:, 0].cpu().numpy()
+            odds = log_odds(prediction, target.labels[rows]).cpu().numpy()
             flips = target.flipped(prediction, rows).cpu().numpy()
             start = 0
             for row in alive:
                 stop = start + len(children[row])
-                new, flipped = label[start:stop], flips[start:stop]
+                new, flipped = odds[start:stop], flips[start:stop]
                 if flipped.any():
                     found[row] = paints[start + int(np.argmin(np.where(flipped, new, np.inf)))]
                     target.first_flip[row] = target.queries[row]  # however a generation was cut into passes
@@ -112,3 +113,10 @@ class OnePixel(BatchAttack):
         elements = np.ravel_multi_index(tuple(places.T), tuple(grid))
         elements, first = np.unique(elements, return_index=True)  # pixels may meet
         return Paint(elements, genes[first, len(grid) :])
+
+
+def log_odds(prediction: Prediction, labels: Tensor) -> Tensor:
+    """(n,) log p - log(1 - p) of the label: in the order of p, but never flat where the softmax saturates."""
+    logits = prediction.logits.double()
+    others = logits.scatter(1, labels[:, None], float("-inf"))
+    return logits.gather(1, labels[:, None])[:, 0] - others.logsumexp(1)

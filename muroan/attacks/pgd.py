@@ -35,9 +35,9 @@ class Pgd(BatchAttack):
     arXiv 1706.06083).
 
     A step follows the gradient of the loss and is projected back to the ball of radius `epsilon` and to the range of
-    values. All chosen modalities move jointly, in one ball. A step costs 2 queries, forward and backward; the look at
-    the last step 1 more. Where the budget has no room for that look, the last step is returned without it: the engine
-    judges.
+    values. All chosen modalities move jointly, in one ball. A step costs 2 queries, forward and backward; with
+    `stop_early` the look at the last step 1 more. Where the budget has no room for that look, the last step is returned
+    without it: the engine judges.
 
     Args:
         epsilon: radius of the ball, where 1 is the whole range of a value: 0 to 1 of a pixel before normalisation,
@@ -103,10 +103,11 @@ class Pgd(BatchAttack):
 
         # The clean input has been looked at already.
         found_rows = flipped | delta.ne(0).any(1)
-        rows = target.able((found_rows & ~flipped).nonzero()[:, 0], 1)
-        if self.stop_early and len(rows):
-            prediction = target.predict(values.inputs(delta[rows], rows), rows)
-            found_rows[rows[~target.flipped(prediction, rows)]] = False
+        if self.stop_early:
+            rows = target.able((found_rows & ~flipped).nonzero()[:, 0], 1)
+            if len(rows):
+                prediction = target.predict(values.inputs(delta[rows], rows), rows)
+                found_rows[rows[~target.flipped(prediction, rows)]] = False
         return [values.perturbation(delta[i], i) if found else None for i, found in enumerate(found_rows.tolist())]
 
 

@@ -118,7 +118,7 @@ class SaliencyRemoval(Attack):
         except ImportError:
             raise MuroanError(
                 "attack.method=occlusion of saliency_removal is computed by Captum, which is not installed: "
-                "pip install 'muroan[captum]', or choose attack.method=gradient"
+                "pip install -e '.[captum]', or choose attack.method=gradient"
             ) from None
         sample, regions = target.samples[row], atoms(target.samples[row])
         if target.left()[row] < len(regions) + 2:  # with the clean input, and one removal at least

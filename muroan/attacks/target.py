@@ -192,8 +192,8 @@ class Target:
             for name in of:
                 if name in self.texts:
                     by = None if scale is None else scale.get(name)
-                    hooks.enter_context(_Embedded(self.model, name, leaves, by))
-                    given.setdefault(name, self.inputs[name][rows])
+                    ids = given.setdefault(name, self.inputs[name][rows])
+                    hooks.enter_context(_Embedded(self.model, name, ids, leaves, by))
                 else:
                     leaves[name] = given.get(name, self.inputs[name][rows]).detach().clone().requires_grad_()
                     given[name] = leaves[name]
@@ -300,20 +300,43 @@ def embedding_table(model: nn.Module, name: str) -> nn.Embedding:
 
 
 class _Embedded:
-    """While it is open, the word embeddings of a text are a leaf that gradients reach."""
+    """While it is open, the word embeddings of a text are a leaf that gradients reach.
 
-    def __init__(self, model: nn.Module, name: str, leaves: dict[str, Tensor], scale: Tensor | None):
-        self.table, self.name, self.leaves, self.scale = embedding_table(model, name), name, leaves, scale
+    The leaf stands in for the one call of the table that looks up the very ids that the model is given; a model may
+    look up others besides, such as special tokens that it puts in.
+
+    Args:
+        ids: (n, T); leaves: where the leaf (n, T, E) is put, under `name`; scale: (n,) what it is multiplied by.
+
+    Raises:
+        MuroanError: when it closes after a pass without an error, if no such call was made, or several.
+    """
+
+    def __init__(self, model: nn.Module, name: str, ids: Tensor, leaves: dict[str, Tensor], scale: Tensor | None):
+        self.table, self.name, self.ids = embedding_table(model, name), name, ids
+        self.leaves, self.scale = leaves, scale
+        self.calls: list[tuple[int, ...]] = []  # shapes
+        self.matches = 0
 
     def __enter__(self) -> None:
-        def replace(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
-            leaf = output.detach().clone()
-            if self.scale is not None:
-                leaf = leaf * self.scale[:, None, None].to(leaf)
-            self.leaves[self.name] = leaf.requires_grad_()
-            return self.leaves[self.name]
+        leaf = self.table(self.ids).detach().clone()
+        if self.scale is not None:
+            leaf = leaf * self.scale[:, None, None].to(leaf)
+        self.leaves[self.name] = leaf.requires_grad_()
+        self.handle = self.table.register_forward_hook(self._replace)
 
-        self.handle = self.table.register_forward_hook(replace)
+    def _replace(self, module: nn.Module, arguments: Any, output: Tensor) -> Tensor | None:
+        self.calls.append(tuple(arguments[0].shape))
+        if not torch.equal(arguments[0], self.ids):
+            return None
+        self.matches += 1
+        return self.leaves[self.name]
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.handle.remove()
+        if error is None and self.matches != 1:
+            raise MuroanError(
+                f"a gradient by the words of {self.name!r} needs the model to look up the token ids that it is given, "
+                f"{tuple(self.ids.shape)}, in one call of its nn.Embedding; of its calls, {self.calls}, "
+                f"{self.matches or 'none'} did: choose an attack that needs no gradient of words"
+            )

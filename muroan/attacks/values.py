@@ -23,6 +23,9 @@ class Values:
     Only values of real elements move: the padding of a short sound stays as it is. A value that a sample has outside
     its modality's range may stay there, but goes no further.
 
+    All of it is at least float32, gradients too as soon as they come, whatever the model's type: steps and guards
+    against a division by 0 would vanish in half precision. Only what the model is given has its type.
+
     Attributes:
         names: the modalities.
         scale: (N,) high - low of each value, in units of the model's input.
@@ -58,7 +61,7 @@ class Values:
         return torch.zeros_like(self._clean)
 
     def inputs(self, delta: Tensor, rows: Tensor) -> dict[str, Tensor]:
-        """The changed inputs (n, *shape), a modality. A value whose delta is 0 keeps its bits."""
+        """The changed inputs (n, *shape), a modality, of the model's type. A value whose delta is 0 keeps its bits."""
         moved = self._clean[rows] + delta * self.scale
         return self._unflat(torch.minimum(torch.maximum(moved, self._lowest[rows]), self._highest[rows]))
 
@@ -133,11 +136,13 @@ class Values:
         return real.flatten(1)
 
     def _flat(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        return torch.cat([inputs[name].flatten(1) for name in self.names], 1)
+        flat = torch.cat([inputs[name].flatten(1) for name in self.names], 1)
+        return flat.to(torch.promote_types(flat.dtype, torch.float32))
 
     def _unflat(self, values: Tensor) -> dict[str, Tensor]:
         parts = values.split(self.sizes, 1)
-        return {n: v.reshape(len(v), *s) for n, v, s in zip(self.names, parts, self.shapes, strict=True)}
+        named = zip(self.names, parts, self.shapes, strict=True)
+        return {n: v.reshape(len(v), *s).to(self.target.inputs[n]) for n, v, s in named}
 
 
 class Adam:

@@ -105,8 +105,8 @@ class WordSubstitution(BatchAttack):
         return [Perturbation(words=text.words) if text.flipped else None for text in texts]
 
     def source(self, target: Target) -> _Source:
-        """Where candidates come from; loaded once, a model's own once for the model."""
-        if self._source is None or (isinstance(self._source, _Neighbours) and self._source.model is not target.model):
+        """Where candidates come from; loaded once, a model's own again whenever its embedding table has changed."""
+        if self._source is None or (isinstance(self._source, _Neighbours) and not self._source.fits(target.model)):
             if self.synonyms is not None:
                 self._source = _Synonyms(self.synonyms)
             elif self.masked_lm is not None:
@@ -273,6 +273,13 @@ class _Neighbours(_Source):
         for name, modality in model.modalities.items():
             if isinstance(modality, Text):
                 self.tables[name] = self._table(model, name, modality)
+        self.read = {name: embedding_table(model, name).weight.detach().clone() for name in self.tables}
+
+    def fits(self, model: MultimodalModel) -> bool:
+        """Whether what was read is still what the model has: adversarial training moves it."""
+        # The values themselves, as a fused optimizer does not count up a tensor's version.
+        weights = {name: embedding_table(self.model, name).weight for name in self.tables}
+        return model is self.model and all(torch.equal(w, self.read[name].to(w)) for name, w in weights.items())
 
     @staticmethod
     def _table(model: MultimodalModel, name: str, modality: Text) -> tuple[WordTokenizer, np.ndarray]:

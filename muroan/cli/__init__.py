@@ -145,7 +145,7 @@ def launcher_problem(error: Exception) -> str | None:
     """What a launcher lacks, in a line; None for any other error."""
     plugin = re.match(r"Unknown plugin class : 'hydra_plugins\.hydra_(\w+)_launcher\.", str(error))
     if plugin:
-        return f"this launcher is not installed: pip install 'muroan[{plugin[1]}]'"
+        return f"this launcher is not installed: pip install -e '.[{plugin[1]}]'"
     if str(error).startswith('Could not detect "srun"'):
         return "there is no SLURM here (no srun): hydra/launcher=submitit_local tries a sweep out"
     return None

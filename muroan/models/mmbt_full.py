@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, ResNetConfig, ResNetModel
 
@@ -82,13 +83,16 @@ class MMBTFull(MultimodalModel):
     def fuse(self, features: dict[str, Any]) -> Tensor:
         ids, image = features[self.text], features[self.image]
         tokens, embed = self.tokenizer, self.bert.get_input_embeddings()
-        words = ids[:, len(tokens.prefix) :]  # its [CLS] moves before the image
-        cls, sep = (embed(ids.new_tensor(t)).expand(len(ids), -1, -1) for t in (tokens.prefix, tokens.suffix))
+        first = len(tokens.prefix)  # its [CLS] moves before the image
+        words, embedded = ids[:, first:], embed(ids)[:, first:]
+        # Not by the table's own call, so that the text itself is its only one: gradients by words need that.
+        around = (F.embedding(ids.new_tensor(t), embed.weight) for t in (tokens.prefix, tokens.suffix))
+        cls, sep = (t.expand(len(ids), -1, -1) for t in around)
         before = torch.arange(image.shape[1] + 2, device=ids.device)  # positions of the first segment
         after = torch.arange(words.shape[1], device=ids.device)  # and of the second
         real = words != tokens.pad_id
         return self.bert(
-            inputs_embeds=torch.cat([cls, image, sep, embed(words)], 1),
+            inputs_embeds=torch.cat([cls, image, sep, embedded], 1),
             attention_mask=torch.cat([real.new_ones(len(ids), len(before)), real], 1).long(),
             position_ids=torch.cat([before, after]).expand(len(ids), -1),
             token_type_ids=torch.cat([0 * before, 0 * after + 1]).expand(len(ids), -1),

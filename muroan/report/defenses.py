@@ -212,9 +212,10 @@ class Grid:
         return f"{self.dataset} · {self.model}"
 
     def worst(self, defense: Defended) -> dict[str, Estimate]:
-        """Robust accuracies and curve area under all removal attacks together."""
+        """Clean and robust accuracies, and the curve area under all removal attacks together."""
         seeds = [defense.outcomes(seed, self.attacks) for seed in defense.seeds]
         return {
+            "clean_accuracy": pooled([{key: 100.0 * o.right for key, o in found.items()} for found in seeds]),
             "robust_accuracy": pooled([{key: o.robust for key, o in found.items()} for found in seeds]),
             "robust_to_valid": pooled([{key: o.robust_to_valid for key, o in found.items()} for found in seeds]),
             "curve_area": pooled([{key: o.area for key, o in found.items() if o.right} for found in seeds]),
@@ -397,10 +398,9 @@ COST = ["training samples", "attack passes", "seconds"]
 
 
 def _cells(grid: Grid, defense: Defended) -> list[str]:
-    clean = next(iter(defense.attacks.values())).summary["clean_accuracy"]
     worst = grid.worst(defense)
     cells = [defense.name + (" (control)" if defense.control else "")]
-    for estimate in (clean, worst["robust_accuracy"], worst["robust_to_valid"], worst["curve_area"]):
+    for estimate in worst.values():
         span = interval(estimate, "rate")
         cells.append(figure(estimate["value"], "rate") + (f" [{span}]" if span else ""))
     for name in grid.attacks:
