@@ -37,7 +37,8 @@ CORRUPTIONS = {
 CAPTION = (
     "Baselines: every attack on every model, with at most {budget} passes through the model a sample, backward ones "
     "included. Many stop sooner, by limits of their own (docs/attacks.md). Removal attacks on {samples} test samples "
-    "of each dataset; what chooses values, and so can do strictly more than remove, and corruptions on {values} of these."
+    "of each dataset; what chooses values, and so can do strictly more than remove, and corruptions on {values} of "
+    "these."
 )
 SHOWN = ["clean_accuracy", "robust_accuracy", "attack_success_rate", "valid_success_rate", "curve_area"]
 SHOWN += ["decoupled_fraction_mean", "decoupled_fraction_median", "proven", "queries", "backwards"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -83,6 +84,9 @@ def main() -> None:
     about = [json.loads(file.read_text()) for file in sorted(OUT.glob("attacks/*/run.json"))]
     torch = ", ".join(sorted({run["versions"]["torch"].partition("+")[0] for run in about})) or NOTHING
     words = {"section": section, "rows": rows, "told": told, "span": span, "terms": terms, "torch": torch}
+    for file in sorted(OUT.glob("*/command.txt")):
+        if re.search(r"\b(models|datasets|attacks|defenses)=", made := file.read_text().strip()):
+            print(f"{file.parent} is of a part alone, by {made}: tabulate it with fewer words to have all of it here")
     page = DOCS / "results.md"
     text = environment.get_template("results.md.jinja").render(words)
     page.write_text(text.rstrip() + "\n", encoding="utf-8")

@@ -329,9 +329,13 @@ class TestCommands:
         assert "at most 99 queries" in page
         assert "not run: seed 0 of decoupling, decoupling_first, decoupling_reference, random_removal" in page
 
-    def test_results(self, workplace, monkeypatch):
+    def test_results(self, workplace, monkeypatch, capsys):
+        here(monkeypatch, workplace, "vulnerability", "quick", "tabulate", "models=late_fusion")
+        here(monkeypatch, workplace, "results")
+        assert "vulnerability is of a part alone, by python experiments/vulnerability.py" in capsys.readouterr().out
         here(monkeypatch, workplace, "vulnerability", "quick", "tabulate")
         here(monkeypatch, workplace, "results")
+        assert "vulnerability is of a part" not in capsys.readouterr().out
         page = (workplace / "docs/results.md").read_text()
         for name in TABLES:
             made = (workplace / OUT / name / f"{name}.md").exists()
