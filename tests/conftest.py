@@ -9,6 +9,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 from pathlib import Path
 
@@ -59,6 +60,7 @@ def _command(words: list[str], cwd: Path, env: dict[str, str], out: Path, err: P
     try:
         runpy.run_module("muroan.cli", run_name="__main__", alter_sys=True)
     finally:
+        threading._shutdown()  # as when Python ends: a launcher stops its processes here
         atexit._run_exitfuncs()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -426,20 +427,17 @@ def test_divergence_by_hand() -> None:
 # -- offline --------------------------------------------------------------------------------------------------
 
 
-class Stopping(DecouplingFast):
-    """Is interrupted at a sample."""
+def stopping(samples: int) -> Attack:
+    """The usual attack, interrupted after so many samples."""
+    attack, asked = DecouplingFast(), itertools.count()
 
-    name = "decoupling_fast"
-
-    def __init__(self, last: int):
-        super().__init__()
-        self.left = last
-
-    def search(self, sample: Any) -> Any:
-        self.left -= 1
-        if self.left < 0:
+    def search(sample: Any) -> Any:
+        if next(asked) == samples:
             raise KeyboardInterrupt
-        return super().search(sample)
+        return DecouplingFast.search(attack, sample)
+
+    attack.search = search  # type: ignore[method-assign]
+    return attack
 
 
 def offline(folder: Path, weights: Any, attack: Attack | None = None, **options: Any) -> AdversarialTraining:
@@ -453,7 +451,7 @@ def test_an_interrupted_offline_set_goes_on(tmp_path: Path, learned: Any, monkey
     whole = offline(tmp_path / "whole", learned)
     fitted(whole)
     assert len(whole.adversarial) > 30
-    again = offline(tmp_path / "cut", learned, Stopping(40))
+    again = offline(tmp_path / "cut", learned, stopping(40))
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         fitted(again)
     kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "cut").glob("*.pt")}
@@ -469,6 +467,8 @@ def test_another_or_a_broken_offline_set_is_refused(tmp_path: Path, learned: Any
     fitted(offline(tmp_path, learned, samples=20))
     with pytest.raises(MuroanError, match=r"another configuration \(samples: 20 there, 30 asked for\)"):
         fitted(offline(tmp_path, learned, samples=30))
+    with pytest.raises(MuroanError, match=r"another configuration \(options\.rounds: '2' there, '5' asked for\)"):
+        fitted(offline(tmp_path, learned, DecouplingFast(rounds=5), samples=20))
     (part,) = tmp_path.glob("*.pt")
     part.unlink()
     with pytest.raises(MuroanError, match="an interrupted adversarial set of another model"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import pickle
@@ -29,7 +30,7 @@ from muroan.training.module import weights_hash
 
 Found = Removal | Perturbation
 
-PLAIN = (bool, int, float, str, list, tuple, type(None))  # an attack's options, beside what it keeps for itself
+PLAIN = (bool, int, float, str, list, tuple, type(None))  # options of an attack that say what they are
 
 CHUNK = 256  # samples of an offline set that are attacked, and kept, at a time
 
@@ -203,9 +204,13 @@ class AdversarialTraining(Defense):
     def _claim(self, samples: int, own: Sequence[Path]) -> None:
         """Write, or check, what the folder's set is made of."""
         assert self.attack is not None
+        held = vars(self.attack)
+        given = (
+            key for key in inspect.signature(type(self.attack)).parameters if isinstance(held.get(key, ...), PLAIN)
+        )
         about = {
             "attack": self.attack.name,
-            "options": {key: repr(value) for key, value in vars(self.attack).items() if isinstance(value, PLAIN)},
+            "options": {key: repr(held[key]) for key in given},
             "samples": samples,
             "processes": self.trainer.world_size,
             "seed": self.seed,
