@@ -53,7 +53,8 @@ COST = [_METRICS[name] for name in ("queries", "forwards", "backwards")]
 INTERVALS = ["clean_accuracy", "robust_accuracy", "attack_success_rate", "valid_success_rate", "curve_area"]
 INTERVALS += ["decoupled_fraction_mean"]
 
-STEPS = 20_000  # in which the sum of all paired differences is counted
+STEPS = 20_000  # in which the sum of all paired differences is counted, and at least so many a difference:
+FINE = 10
 
 
 @dataclass(frozen=True)
@@ -380,8 +381,8 @@ def _named(group: Sequence[Row]) -> list[Row]:
 def sign_flip(differences: np.ndarray) -> float:
     """Two-sided p value of a sum of paired differences, if either of two attacks were as likely to be the better one.
 
-    All flips of their signs are counted, of the differences as multiples of a 20,000th of the sum of their sizes
-    (Pagano and Tritchler, JASA 1983). Of differences of one size this is the exact McNemar test.
+    All flips of their signs are counted, of the differences as multiples of a 20,000th of the sum of their sizes, or
+    less where they are many (Pagano and Tritchler, JASA 1983). Of differences of one size this is the exact McNemar test.
 
     Args:
         differences: (N,) weighted so that their sum is the figure tested.
@@ -392,7 +393,7 @@ def sign_flip(differences: np.ndarray) -> float:
     total = np.abs(differences).sum()
     if total == 0:
         return 1.0
-    units = np.rint(differences / total * STEPS).astype(int)
+    units = np.rint(differences / total * max(STEPS, FINE * len(differences))).astype(int)
     seen, most = abs(units.sum()), int(np.abs(units).sum())
     chance = np.zeros(most + 1)  # of each sum of the sizes whose sign is up
     chance[0] = 1
@@ -468,8 +469,8 @@ def _pair(target: Target, attack: Row, reference: Row) -> Pair | None:
     every = np.concatenate(success)
     only = int((every > 0).sum()), int((every < 0).sum())
     success_seeds, area_seeds = (
-        [dict(zip(own, column.tolist(), strict=True)) for own, column in zip(ids, columns, strict=True)]
-        for columns in (success, areas)
+        [dict(zip(own, column.tolist(), strict=True)) for own, column in zip(ids, of_seeds, strict=True)]
+        for of_seeds in (success, areas)
     )
     return Pair(
         target,
