@@ -382,7 +382,8 @@ def sign_flip(differences: np.ndarray) -> float:
     """Two-sided p value of a sum of paired differences, if either of two attacks were as likely to be the better one.
 
     All flips of their signs are counted, of the differences as multiples of a 20,000th of the sum of their sizes, or
-    less where they are many (Pagano and Tritchler, JASA 1983). Of differences of one size this is the exact McNemar test.
+    less where they are many (Pagano and Tritchler, JASA 1983). Of differences of one size this is the exact McNemar
+    test.
 
     Args:
         differences: (N,) weighted so that their sum is the figure tested.
