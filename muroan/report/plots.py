@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 
 from muroan.metrics import success_curve
 from muroan.modalities import stable_seed
-from muroan.report.runs import flip_queries, flip_sizes
+from muroan.report.runs import attacked_ids, flip_queries, flip_sizes
 from muroan.results import AttackResult
 from muroan.runs import Run
 
@@ -60,11 +60,14 @@ def success_at(seeds: Sequence[np.ndarray], budgets: np.ndarray) -> np.ndarray:
     return np.asarray(np.mean(parts, axis=0))
 
 
-def success_band(seeds: Sequence[np.ndarray], grid: np.ndarray, resamples: int = 400) -> tuple[np.ndarray, np.ndarray]:
-    """The 95 % bootstrap band of a success curve; the samples of each seed are resampled on their own.
+def success_band(
+    seeds: Sequence[np.ndarray], ids: Sequence[Sequence[str]], grid: np.ndarray, resamples: int = 400
+) -> tuple[np.ndarray, np.ndarray]:
+    """The 95 % bootstrap band of a success curve; samples are drawn once for all seeds, as in `metrics.pooled`.
 
     Args:
         seeds: as in `success_at`.
+        ids: (A,) of each seed, which samples these are.
         grid: (G,) budgets.
 
     Returns:
@@ -72,11 +75,13 @@ def success_band(seeds: Sequence[np.ndarray], grid: np.ndarray, resamples: int =
     """
     rng = np.random.default_rng(stable_seed("curve"))
     rates = np.zeros((resamples, len(grid)))
-    for took in seeds:
-        n = len(took)
-        # A resample is how often each sample was drawn: its curve is one product of matrices.
-        times = rng.multinomial(n, np.full(n, 1 / n), resamples).astype(float)  # whole numbers multiply slowly
-        rates += 100 * times @ (took[:, None] <= grid) / n / len(seeds)
+    places = {key: place for place, key in enumerate(dict.fromkeys(key for own in ids for key in own))}
+    n = len(places)
+    # A resample is how often each sample was drawn: its curve is one product of matrices.
+    times = rng.multinomial(n, np.full(n, 1 / n), resamples).astype(float)  # whole numbers multiply slowly
+    for took, own in zip(seeds, ids, strict=True):
+        drawn = times[:, [places[key] for key in own]]
+        rates += 100 * drawn @ (took[:, None] <= grid) / np.maximum(drawn.sum(1, keepdims=True), 1) / len(seeds)
     low, high = np.percentile(rates, [2.5, 97.5], axis=0)
     return low, high
 
@@ -113,7 +118,12 @@ def curve(runs: Sequence[Run], dark: bool = False, width: float = 7.2, height: f
         dash = DASHES[attacks.index(run.attack) % len(DASHES)]
         axes.step(x, y, where="post", color=shade, linestyle=dash, linewidth=1.9, label=run.label)
         axes.fill_between(
-            grid, *success_band([flip_sizes(run)], grid), step="post", color=shade, alpha=0.14, linewidth=0
+            grid,
+            *success_band([flip_sizes(run)], [attacked_ids(run)], grid),
+            step="post",
+            color=shade,
+            alpha=0.14,
+            linewidth=0,
         )
     if not positive:
         axes.text(0.5, 0.5, "no sample was flipped", transform=axes.transAxes, ha="center", color=muted, fontsize=11)
@@ -182,19 +192,22 @@ def budgets(targets: Sequence[tuple[str, Sequence[tuple[str, Sequence[Run]]]]]) 
     for side, (took, label) in enumerate(
         ((flip_sizes, "decoupled fraction, % of the input (log scale)"), (flip_queries, "queries (log scale)"))
     ):
-        curves = [[(name, [took(run) for run in runs]) for name, runs in attacks] for _, attacks in targets]
-        found = np.concatenate([np.zeros(0), *(a for attacks in curves for _, seeds in attacks for a in seeds)])
+        curves = [
+            [(name, [(took(run), attacked_ids(run)) for run in runs]) for name, runs in attacks]
+            for _, attacks in targets
+        ]
+        found = np.concatenate([np.zeros(0), *(a for attacks in curves for _, seeds in attacks for a, _ in seeds)])
         found = found[np.isfinite(found) & (found > 0)]
         least, most = (found.min(), found.max()) if len(found) else (1.0, 10.0)
         # The same scale for all targets; a flip for nothing stands at the left edge.
         left, right = (least / 1.6, min(108.0, 1.6 * most)) if side == 0 else (max(0.8, least / 1.6), 1.6 * most)
         for (title, _), attacks, axes in zip(targets, curves, grid[:, side], strict=True):
             for name, seeds in attacks:
-                seeds = [np.maximum(seed, left) for seed in seeds if len(seed)]
+                seeds = [(np.maximum(seed, left), ids) for seed, ids in seeds if len(seed)]
                 if seeds:
                     line = _success(axes, seeds, left, right, names.index(name))
                     marks.setdefault(name, line)
-            if not any(np.isfinite(seed).any() for _, seeds in attacks for seed in seeds):
+            if not any(np.isfinite(seed).any() for _, seeds in attacks for seed, _ in seeds):
                 axes.text(0.5, 0.5, "no sample was flipped", transform=axes.transAxes, ha="center", color=MUTED[False])
             _dress(axes, left, right, False)
             axes.tick_params(labelleft=True)
@@ -218,15 +231,20 @@ def budgets(targets: Sequence[tuple[str, Sequence[tuple[str, Sequence[Run]]]]]) 
     return _png(picture)
 
 
-def _success(axes: Axes, seeds: Sequence[np.ndarray], left: float, right: float, place: int) -> Artist:
+def _success(
+    axes: Axes, runs: Sequence[tuple[np.ndarray, Sequence[str]]], left: float, right: float, place: int
+) -> Artist:
     """One success curve with its band."""
+    seeds = [took for took, _ in runs]
     # The colours come round after eight attacks, with other dashes.
     shade, dash = COLOURS[False][colour(place)], DASHES[(place + place // len(COLOURS[0])) % len(DASHES)]
     x = np.unique(np.concatenate([[left, right], *seeds]))
     x = x[x <= right]
     (line,) = axes.step(x, success_at(seeds, x), where="post", color=shade, linestyle=dash, linewidth=1.9)
     grid = np.geomspace(left, right, 300)
-    axes.fill_between(grid, *success_band(seeds, grid), step="post", color=shade, alpha=0.14, linewidth=0)
+    axes.fill_between(
+        grid, *success_band(seeds, [ids for _, ids in runs], grid), step="post", color=shade, alpha=0.14, linewidth=0
+    )
     return line
 
 

@@ -40,6 +40,11 @@ class Comparison:
         return self.success["low"] is not None and self.success["low"] > 0
 
 
+def attacked_ids(run: Run) -> list[str]:
+    """(A,) which samples were attacked."""
+    return [r.id for r in run.records if r.attacked]
+
+
 def flip_sizes(run: Run) -> np.ndarray:
     """(A,) decoupled fraction, in percent, that flips each attacked sample; infinite for one that was not flipped."""
     return np.array([r.decoupled_fraction if r.flipped else np.inf for r in run.records if r.attacked])
