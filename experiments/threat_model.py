@@ -44,7 +44,7 @@ def settings(dataset: str, few: bool) -> dict[str, dict[str, str]]:
 
 
 def main() -> None:
-    default = {"models": "mmbt", "datasets": "easy_vqa", "attacks": "decoupling"}
+    default = {"models": "mmbt", "attacks": "decoupling"}
     sweep = Sweep(full=default, quick={"attacks": "decoupling"})
     entries = []
     for dataset in sweep.datasets:

@@ -147,6 +147,9 @@ def test_records_and_summary_of_a_run(undisturbed: Path) -> None:
     run = json.loads((undisturbed / "run.json").read_text())
     assert run["versions"]["torch"]
     assert len(run["checkpoint"]["sha256"]) == 64
+    assert run["judged"] is True
+    valid = sum(r.flipped and r.still_valid is True for r in records.values())
+    assert summary["valid_success_rate"]["value"] == pytest.approx(100 * valid / attacked)
 
 
 def test_a_finished_run_is_not_run_again_unless_asked(trained: Path, undisturbed: Path) -> None:

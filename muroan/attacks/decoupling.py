@@ -46,7 +46,7 @@ class Decoupling(Attack):
     embedding's own; see `embedding`):
 
     1. *Cheap atoms*: where all atoms of a kind together cost less than any other one (words beside image regions),
-       their sets are tried by size; the first flip is the proven minimum.
+       their sets are tried by number; where these cost alike, the first flip is the proven minimum.
     2. *Screen*: single regions, coarse to fine over the region tree, those with the largest effect first; whole
        modalities and their unions too, so that a flip is known where effects alone say nothing.
     3. *Grow and shrink*: where no small flip has turned up, more and more of the regions with the largest effects

@@ -403,7 +403,7 @@ def finish_attack(folder: RunFolder, records: Sequence[AttackResult], classes: S
     from muroan.report.tracked import log_attack
     from muroan.results import write_json
 
-    summary = summarise(records, judged=bool(folder.run.get("judged")))
+    summary = summarise(records, judged=folder.run.get("judged"))
     write_json(folder.path / "summary.json", summary)
     log_attack(logger, folder, records, classes, summary)
     log.info("%s", headline(summary, len(records)))
