@@ -7,6 +7,7 @@ The engine, not the attack, counts, enforces the budget, and recomputes success 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -55,6 +56,15 @@ class _Question:
 
 Conversation = Generator[list[_Question], None, AttackResult]
 StillValid = Callable[[Sample, Removal], "bool | None"]
+
+
+def _shrinking(seen: Iterable[tuple[int, float]], last: float) -> list[tuple[int, float]]:
+    """Of (queries, size) those that are smaller than all before; the last of them has the size that was measured."""
+    kept: list[tuple[int, float]] = []
+    for at, size in seen:
+        if not kept or size < kept[-1][1]:
+            kept.append((at, size))
+    return [*((at, size) for at, size in kept[:-1] if size > last), *((at, last) for at, _ in kept[-1:])]
 
 
 @dataclass(eq=False, slots=True)
@@ -439,6 +449,7 @@ class QueryEngine:
         live.ledger.setdefault(VERIFY, Count()).forwards += 1
         verified, inputs, layouts = live.told
         if not self.attack.reached(live.sample.label, verified):
+            live.trajectory = []  # what was seen is none
             return self._result(live, clean, clean, failed)
         result = self._result(live, clean, verified, "flipped")
         for name, x in inputs.items():
@@ -463,8 +474,7 @@ class QueryEngine:
                 else modality.display(live.sample.inputs[name], live.sample.layouts[name])
                 for name, modality in self.model.modalities.items()
             }
-        if result.trajectory:
-            result.trajectory = [(result.trajectory[0][0], result.decoupled_fraction)]
+        result.trajectory = _shrinking(result.trajectory, result.decoupled_fraction)
         return result
 
     def _search(self, live: _Live, search: Search) -> Generator[list[_Question], None, tuple[Any, bool]]:
@@ -633,12 +643,16 @@ class QueryEngine:
         self.statistics.rows += int(target.forwards.sum())
         for row, live in enumerate(lives):
             count = live.ledger.setdefault(asked.phase, Count())
-            queries, flip = int(target.queries[row]), int(target.first_flip[row])
+            queries, first = int(target.queries[row]), int(target.first_flip[row])
             count.queries += queries
             count.forwards += int(target.forwards[row])
             count.backwards += int(target.backwards[row])
-            if flip and not live.trajectory and self.attack.kind != "removal":
-                live.trajectory.append((live.queries + flip, float("nan")))
+            if self.attack.kind != "removal":
+                total = sum(layout.count for layout in live.sample.layouts.values())
+                noted = [(live.queries + at, 100 * elements / total) for at, elements in target.in_hand[row]]
+                if not noted and first and not live.trajectory:
+                    noted = [(live.queries + first, math.inf)]
+                live.trajectory += noted
             live.budget -= queries
             live.queries += queries
             live.refused |= bool(target.refused[row])

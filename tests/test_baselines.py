@@ -445,9 +445,13 @@ def test_what_is_returned_flips(make, letters):
     assert any(r.flipped for r in records)
     for record in records:
         if record.flipped:
-            ((queries, fraction),) = record.trajectory
-            assert fraction == record.decoupled_fraction
-            assert queries <= record.queries
+            asked, fractions = zip(*record.trajectory, strict=True)
+            assert fractions[-1] == record.decoupled_fraction
+            assert asked[-1] <= record.queries
+            assert list(asked) == sorted(set(asked))
+            assert list(fractions) == sorted(set(fractions), reverse=True)
+        else:
+            assert record.trajectory == []
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -501,9 +505,14 @@ def test_shrinking_finds_a_smaller_flip():
     assert first.removed["image"] > 4
     assert small.removed["image"] == 1
     assert small.queries <= 50
-    (queries, fraction), *rest = small.trajectory
-    assert (fraction, rest) == (small.decoupled_fraction, [])
-    assert 4 <= queries <= small.queries  # 8, 4, 2, 1
+    (first_asked, size), *rest = small.trajectory
+    assert (first_asked, size) == (first.queries, pytest.approx(100 * 8 / 21)), "the first flip is that of no shrinking"
+    assert len(rest) >= 3, "8, 4, 2, 1"
+    queries, fraction = rest[-1]
+    assert fraction == small.decoupled_fraction
+    assert 4 <= queries <= small.queries
+    sizes = [size for _, size in small.trajectory]
+    assert sizes == sorted(set(sizes), reverse=True)
 
 
 def test_the_schedule_is_rescaled():

@@ -89,7 +89,8 @@ class TestPromise:
         summary = summarise(found)
         assert (summary["samples"], summary["abstained"], summary["accuracy"]) == (5, 1, 60)
         assert np.allclose(summary["curve"], [[1, 60], [4, 40], [20, 20]])
-        assert summary["alone"]["image"] == {"elements": 5.0, "percent": 5.0}
+        assert summary["alone"]["image"] == {"any": 60, "elements": 5.0, "percent": 5.0}
+        assert summary["each"] == 20, "of one element of both modalities only the first"
 
     def test_robust_accuracy_by_hand(self):
         found = [certificate(i) for i in range(4)]
@@ -299,7 +300,7 @@ def test_the_folder_tells_the_vote_from_the_model():
     assert job("defense=mmcert", "certification.batch_size=3", command="certify").out == one
 
 
-@pytest.mark.slow  # `experiments/defense.py quick` certifies in CI
+@pytest.mark.slow  # `experiments/certified.py quick` certifies in CI
 def test_the_command(trained: Path, tmp_path: Path):
     """Certify a trained model in two processes, attack its vote, hold one against the other."""
     keep = ("defense=mmcert", "defense.keep.image=0.3", "defense.keep.text=null", "defense.element.image=8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,23 @@ def run(
     budget: int | None = 500,
     lr: float = 0.1,
     judged: bool = False,
+    replacement: str = "zero",
+    epochs: int = 3,
     **more: Any,
 ) -> None:
     """An attack on a model under a defence; outcomes as in test_compare: removed percent, 0 held, None wrong before."""
-    folder = RunFolder(path / f"{defense}-{attack}-{budget}-{seed}-{lr}")
-    weights = f"{defense}{seed}{lr}"
+    folder = RunFolder(path / f"{defense}-{attack}-{budget}-{seed}-{lr}-{epochs}")
+    weights = f"{defense}{seed}{lr}{epochs}"
+    threat_model = {"max_queries": budget, "replacement": replacement}
     training = {"control": control, "cost": COST} if defense else None
     folder.start(
         {
-            "identity": {"attack": attack, "threat_model": {"max_queries": budget}, "seed": seed, "weights": weights},
+            "identity": {
+                "attack": {"valid_only": False},
+                "threat_model": threat_model,
+                "seed": seed,
+                "weights": weights,
+            },
             "attack": attack,
             "model": "m",
             "dataset": "d",
@@ -48,7 +57,11 @@ def run(
             "classes": ["no", "yes"],
             "seed": seed,
             "checkpoint": {"path": "x", "sha256": weights},
-            "config": {"defense": {"lr": lr} if defense else None, "hardening": {"epochs": 1} if defense else None},
+            "config": {
+                "defense": {"lr": lr} if defense else None,
+                "hardening": {"epochs": 1} if defense else None,
+                "training": {"epochs": epochs},
+            },
         }
     )
     for index, removed in enumerate(outcomes):
@@ -110,12 +123,9 @@ def test_the_verdict_by_hand(tmp_path: Path) -> None:
             [1] * 30,
             "hard did not help beyond its controls, though flips need larger removals: robust accuracy",
         ),
-        # 5 samples and none: exactly 2 * 0.5^5 = 0.06, though the bootstrap interval leaves 0 out.
-        (
-            [0] * 5 + [1] * 25,
-            [1] * 30,
-            "hard did not help beyond its controls, though flips need larger removals: robust",
-        ),
+        # 5 samples and none: exactly 2 * 0.5^5 = 0.06, though the bootstrap interval leaves 0 out; of the others each
+        # flip is as large.
+        ([0] * 5 + [1] * 25, [1] * 30, "hard did not help beyond its controls: robust accuracy +16.7 points"),
     ],
 )
 def test_verdicts(tmp_path: Path, hard: list[Any], control: list[Any], says: str) -> None:
@@ -182,6 +192,97 @@ def test_an_attack_that_searches_valid_flips_alone_is_another_one(tmp_path: Path
     folder.append(record(1, "decoupling", 0))
     folder.finish()
     assert grid(tmp_path).attacks == ["decoupling (all flips)", "decoupling (valid flips)"]
+
+
+def test_a_sample_that_an_attack_has_not_seen_does_not_hold_against_it(tmp_path: Path) -> None:
+    """Both models are flipped by the strong attack wherever it was run: on the hardened one, a third of the samples."""
+    for name, control, seen in (("hard", False, 20), ("plain_training", True, 60)):
+        run(tmp_path, "weak", [0] * 60, name, control)
+        run(tmp_path, "strong", [1] * seen, name, control)
+    found = grid(tmp_path)
+    (verdict,) = found.verdicts()
+    assert verdict.beyond is not None
+    assert (verdict.beyond.samples, verdict.beyond.robust["value"], verdict.word) == (20, 0.0, "did not help")
+    assert [found.worst(d)["robust_accuracy"]["value"] for d in found.defenses] == [0.0, 0.0]
+
+
+def test_every_control_has_to_be_beaten(tmp_path: Path) -> None:
+    """Six samples more than one control, for which p is 0.03, and eight more than the other by 20 against 12."""
+    run(tmp_path, "decoupling", [0] * 40 + [1] * 60, "hard")
+    run(tmp_path, "decoupling", [0] * 34 + [1] * 66, "near", control=True)
+    run(tmp_path, "decoupling", [1] * 20 + [0] * 20 + [0] * 12 + [1] * 48, "far", control=True)
+    (verdict,) = grid(tmp_path).verdicts()
+    assert verdict.control is not None
+    assert (verdict.control.name, verdict.word) == ("far", "did not help")
+    # 2 P(at least 20 of 32), by hand: 0.2153.
+    assert verdict.p == pytest.approx(2 * sum(math.comb(32, k) for k in range(20, 33)) / 2**32)
+
+
+def test_worse_than_one_of_several_controls_counts_them_all(tmp_path: Path) -> None:
+    """Six against none is p = 0.03 for one control, and 0.06 for the two that it was chosen from."""
+    run(tmp_path, "decoupling", [1] * 6 + [0] * 10, "hard")
+    run(tmp_path, "decoupling", [0] * 16, "a", control=True)
+    (verdict,) = grid(tmp_path).verdicts()
+    assert (verdict.word, verdict.p) == ("did worse", pytest.approx(2 / 2**6))
+    run(tmp_path, "decoupling", [1] * 16, "b", control=True)
+    (verdict,) = grid(tmp_path).verdicts()
+    assert verdict.control is not None
+    assert (verdict.control.name, verdict.word, verdict.p) == ("a", "did not help", pytest.approx(4 / 2**6))
+
+
+def test_larger_flips_are_those_that_count(tmp_path: Path) -> None:
+    """Flips that leave the label right are as large as before; only such as do not are larger."""
+    for name, control, first in (("hard", False, 3), ("plain_training", True, 1)):
+        run(tmp_path, "decoupling", [first] * 30, name, control, still_valid=False)
+        run(tmp_path, "greedy", [5] * 30, name, control, still_valid=True)
+    (verdict,) = grid(tmp_path).verdicts()
+    assert verdict.beyond is not None
+    assert (verdict.beyond.area["value"], verdict.beyond.larger["value"]) == (pytest.approx(-20), 0)
+    assert "larger removals:" not in verdict.line
+
+
+def test_an_attack_under_another_threat_model_is_another_one(tmp_path: Path) -> None:
+    run(tmp_path, "decoupling", [0] * 30, "hard")
+    run(tmp_path, "greedy", [1] * 30, "hard")
+    run(tmp_path, "decoupling", [1] * 30, "plain_training", control=True, replacement="noise")
+    run(tmp_path, "greedy", [1] * 30, "plain_training", control=True)
+    found = grid(tmp_path)
+    assert found.attacks == ["greedy"]
+    assert [name for d in found.defenses for name in d.attacks] == [
+        "decoupling (threat_model.replacement=noise)",
+        "greedy",
+        "decoupling (threat_model.replacement=zero)",
+        "greedy",
+    ]
+    (verdict,) = found.verdicts()
+    assert not verdict.helped
+
+
+def test_models_of_other_training_are_no_match(tmp_path: Path) -> None:
+    run(tmp_path, "decoupling", [0] * 30, "hard", epochs=3)
+    run(tmp_path, "decoupling", [1] * 30, "plain_training", control=True, epochs=5)
+    run(tmp_path, "decoupling", [1] * 30, epochs=5)
+    run(tmp_path, "decoupling", [1] * 30, epochs=3)
+    found = grid(tmp_path)
+    names = ["undefended (training.epochs=3)", "undefended (training.epochs=5)", "plain_training", "hard"]
+    assert [d.name for d in found.defenses] == names
+    (verdict,) = found.verdicts()
+    assert "no control to compare with" in verdict.line
+    assert verdict.undefended is not None, "the one of the same training"
+
+
+def test_an_attack_on_more_seeds_takes_none_away(tmp_path: Path) -> None:
+    for seed in range(3):
+        run(tmp_path, "decoupling", [0] * 30, "hard", seed=seed)
+        run(tmp_path, "decoupling", [1] * 30, "plain_training", control=True, seed=seed)
+    run(tmp_path, "extra", [1] * 30, "plain_training", control=True, seed=0)
+    (verdict,) = grid(tmp_path).verdicts()
+    assert verdict.beyond is not None
+    assert (verdict.beyond.samples, verdict.beyond.seeds) == (90, 3)
+    run(tmp_path, "pgd", [1] * 30, "plain_training", control=True, seed=7, kind="perturbation")
+    (verdict,) = grid(tmp_path).verdicts()
+    assert verdict.beyond is not None
+    assert (verdict.beyond.samples, verdict.beyond.seeds) == (90, 3)
 
 
 def test_without_a_control_no_claim_is_made(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import runpy
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 from conftest import ROOT, environment
 from PIL import Image
 
+from muroan.certification import CertificateFolder, summarise
 from muroan.metrics import columns
 from muroan.report.cells import METRICS, Cell, Entry, Known, Table, columns_within, read_cell, side_by_side
 from muroan.results import AttackResult, Count, RunFolder
@@ -310,12 +312,26 @@ class TestCommands:
         assert sorted(rows) == sorted((name, a) for name, found in asked.items() for a in [*found, "worst case"])
         assert re.search(r"- adversarial_training (helped|did)", page)
         assert "not run" not in page
-        assert re.search(r"late_fusion, seed 0: .* \(of 8 samples, .* certificates broken: 0\n", page)
         here(monkeypatch, workplace, "defense", "quick", "tabulate", "defenses=plain_training,modality_dropout")
         page = (workplace / OUT / "defense/defense.md").read_text()
         assert "- not run: easy_vqa · late_fusion, modality_dropout, decoupling, seed 0" in page
         with pytest.raises(SystemExit, match="no run is of a hardened model"):
             here(monkeypatch, workplace, "defense", "quick", "tabulate", "defenses=modality_dropout")
+
+    def test_certified(self, workplace, monkeypatch):
+        here(monkeypatch, workplace, "certified", "quick")
+        (row,) = csv.DictReader((workplace / OUT / "certified/certified.csv").open())
+        folder = next((workplace / "outputs/certify").iterdir())
+        found = summarise(CertificateFolder(folder).records())
+        assert float(row["right (%)"]) == found["accuracy"]
+        assert float(row["image certified (%)"]) == (found["alone"]["image"]["any"] if found["alone"] else 0)
+        assert row["broken"] == "0"
+        attack = next(iter(json.loads((folder / "summary.json").read_text())["attacks"].values()))
+        assert float(row["left (%)"]) == attack["robust_accuracy"]
+        here(monkeypatch, workplace, "certified", "quick", "tabulate", "seeds=0,1")
+        page = (workplace / OUT / "certified/certified.md").read_text()
+        assert "- not run: easy_vqa · late_fusion, larger, seed 1\n" in page
+        assert [line[:4] for line in rows_of(page)[1:]] == [["easy_vqa", "late_fusion", "larger", "0"]]
 
     def test_missing_cells_are_named(self, workplace, monkeypatch):
         here(monkeypatch, workplace, "vulnerability", "quick", "tabulate", "seeds=0,1", "models=late_fusion,mmbt")

@@ -71,13 +71,13 @@ class PgdL0(BatchAttack):
                 prediction = target.predict(values.inputs(delta[some], some), some)
                 now = target.flipped(prediction, some)
                 failed[some[~now]] = k[some[~now]]
-                flipped[some[now]], best[some[now]] = values.changed(delta[some[now]]), delta[some[now]]
+                self._keep(target, values, delta, some[now], flipped, best)
                 ended.append(some)
             if not last.all():
                 some = rows[~last]
                 prediction, found = target.gradient(self.loss, values.inputs(delta[some], some), some, values.names)
                 now = target.flipped(prediction, some)
-                flipped[some[now]], best[some[now]] = values.changed(delta[some[now]]), delta[some[now]]
+                self._keep(target, values, delta, some[now], flipped, best)
                 ended.append(some[now])
                 gradient, some = values.gradient(found, some)[~now], some[~now]
                 gradient = gradient / gradient.abs().sum(1, keepdim=True).clamp(min=1e-12)
@@ -94,6 +94,12 @@ class PgdL0(BatchAttack):
         return [
             values.perturbation(best[i], i) if found else None for i, found in enumerate((flipped <= most).tolist())
         ]
+
+    @staticmethod
+    def _keep(target: Target, values: Values, delta: Tensor, rows: Tensor, flipped: Tensor, best: Tensor) -> None:
+        """Take the flips of some rows for the best there are: each is of fewer elements than the one before."""
+        flipped[rows], best[rows] = values.changed(delta[rows]), delta[rows]
+        target.note(rows.tolist(), flipped[rows].tolist())
 
     def _start(self, values: Values, k: Tensor, rows: Tensor) -> Tensor:
         """(n, N) where a try begins."""

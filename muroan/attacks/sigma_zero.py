@@ -118,6 +118,7 @@ class SigmaZero(BatchAttack):
         count = values.changed(delta[rows]) if self.group == "element" else delta[rows].ne(0).sum(1)
         better = rows[flipped & (count < fewest[rows])]
         best[better] = delta[better]
+        target.note(better.tolist(), values.changed(delta[better]).tolist())
         fewest[rows] = torch.where(flipped, torch.minimum(count, fewest[rows]), fewest[rows])
         return flipped
 

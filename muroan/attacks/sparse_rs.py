@@ -87,7 +87,7 @@ class SparseRS(BatchAttack):
             for row, margin, flipped in zip(alive, margins, flips, strict=True):
                 if flipped:
                     found[row] = tried[row].paint
-                    target.first_flip[row] = target.queries[row]  # of what is returned
+                    target.note([row], [len(tried[row].paint.elements)])
                     half = tried[row].halved(target.samples[row].rng) if self.shrink else None
                     if half is None:
                         ended.append(row)

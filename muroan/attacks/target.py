@@ -67,6 +67,7 @@ class Target:
         donor_words: (M) a text, the words of each.
         queries, forwards, backwards: (B,) passes so far.
         first_flip: (B,) queries at the first pass whose prediction was not the label; 0 where there was none.
+        in_hand: (B) of each the flips that `note` was told of, as pairs of queries and changed elements.
         refused: (B,) bool, rows that `able` or `granted` refused something.
     """
 
@@ -88,6 +89,7 @@ class Target:
         self._budgets, self._features = np.array(budgets, dtype=float), dict(features)
         self.queries = np.zeros(len(samples), dtype=int)
         self.forwards, self.backwards, self.first_flip = (np.zeros_like(self.queries) for _ in range(3))
+        self.in_hand: list[list[tuple[int, int]]] = [[] for _ in samples]
         self.refused = np.zeros(len(samples), dtype=bool)
 
     def __len__(self) -> int:
@@ -137,6 +139,15 @@ class Target:
         enough = torch.as_tensor(self.left() >= cost, device=self.device)[rows]
         self.refused[rows[~enough].cpu().numpy()] = True
         return rows[enough]
+
+    def note(self, rows: Sequence[int], elements: Sequence[int]) -> None:
+        """Note flips that the attack would return if it ended now, for one that goes on to look for smaller ones.
+
+        Args:
+            rows: which sample each is of; elements: how many it changes, at most.
+        """
+        for row, count in zip(rows, elements, strict=True):
+            self.in_hand[row].append((int(self.queries[row]), count))
 
     # -- passes ---------------------------------------------------------------------------------------------
 

@@ -469,8 +469,10 @@ def finish_certify(config: DictConfig, folder: CertificateFolder) -> None:
     )
     for share, accuracy in summary["curve"]:
         log.info("  below %.3f %% of the elements of every modality: %.1f %%", share, accuracy)
+    log.info("  whatever is done to one element of each modality: %.1f %%", summary["each"])
     for name, size in summary["alone"].items():
-        log.info("  %s alone, median: %g elements, %.3f %%", name, size["elements"], size["percent"])
+        told = "to one element of %s alone: %.1f %%; median size of right samples: %g elements, %.3f %%"
+        log.info(f"  {told}", name, size["any"], size["elements"], size["percent"])
     attacks = find_runs(map(Path, config.certification.attacked)) if config.certification.attacked else []
     summary["attacks"] = {}
     for run in attacks:

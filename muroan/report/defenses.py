@@ -52,7 +52,16 @@ class Outcome:
 
     @property
     def area(self) -> float:
-        return 100 * curve_score(self.size) if np.isfinite(self.size) else 0.0
+        return _score(self.size)
+
+    @property
+    def decisive(self) -> float:
+        """The size of the flip that a defence is judged by; see `Difference.decisive`."""
+        return self.size if np.isnan(self.valid) else self.valid
+
+
+def _score(size: float) -> float:
+    return 100 * curve_score(size) if np.isfinite(size) else 0.0
 
 
 @dataclass(frozen=True)
@@ -63,11 +72,15 @@ class Defended:
         name: the defence, with the settings that tell it apart from others of the name.
         control: whether it is one of the cheap controls, which a defence has to beat.
         attacks: by what the attack is called; the runs, one a seed.
+        undefended: whether it is not hardened at all.
+        base: the options of the model and of its training before it was hardened; defences of others are no match.
     """
 
     name: str
     control: bool
     attacks: Mapping[str, Row]
+    undefended: bool = False
+    base: str = ""
 
     @property
     def runs(self) -> list[Run]:
@@ -78,15 +91,14 @@ class Defended:
         """Whether the dataset can tell if a label is still right after a flip."""
         return any(run.judged for run in self.runs)
 
-    @property
-    def undefended(self) -> bool:
-        return self.name == UNDEFENDED
+    def removals(self, attacks: Sequence[str]) -> list[Row]:
+        """Those of the attacks that were run here and only remove."""
+        return [self.attacks[name] for name in attacks if name in self.attacks and self.attacks[name].kind == "removal"]
 
-    @cached_property
-    def seeds(self) -> list[Any]:
-        """The seeds that all attacks were run on."""
-        own = [{run.about.get("seed") for run in row.runs} for row in self.attacks.values()]
-        return sorted(set.intersection(*own), key=str)
+    def seeds(self, attacks: Sequence[str]) -> list[Any]:
+        """The seeds that the removal attacks among these were all run on."""
+        own = [{run.about.get("seed") for run in row.runs} for row in self.removals(attacks)]
+        return sorted(set.intersection(*own), key=str) if own else []
 
     def cost(self) -> dict[str, float]:
         """What hardening took, the mean over seeds; empty where nothing was hardened."""
@@ -95,18 +107,17 @@ class Defended:
         return {key: float(np.mean([cost[key] for cost in known])) for key in (known[0] if known else ())}
 
     def outcomes(self, seed: Any, attacks: Sequence[str]) -> dict[str, Outcome]:
-        """What the removals of these attacks did to each sample of a seed, by its id."""
+        """What the removals of these attacks did to each sample of a seed that all of them had a go at, by its id."""
+        runs = [run for row in self.removals(attacks) for run in row.runs if run.about.get("seed") == seed]
+        by_id = [{r.id: r for r in run.records} for run in runs]
         found: dict[str, Outcome] = {}
-        for name in attacks:
-            row = self.attacks.get(name)
-            for run in row.runs if row is not None and row.kind == "removal" else ():
-                if run.about.get("seed") != seed:
-                    continue
-                for r in run.records:
-                    size = r.decoupled_fraction if r.flipped else np.inf
-                    valid = (size if r.still_valid else np.inf) if self.judged else np.nan
-                    known = found.get(r.id, Outcome(r.clean_label == r.label, np.inf, valid))
-                    found[r.id] = Outcome(known.right, min(known.size, size), float(np.minimum(known.valid, valid)))
+        for key in by_id[0] if by_id else ():
+            if not all(key in records for records in by_id):
+                continue  # what an attack has not seen does not hold against it
+            tried = [records[key] for records in by_id]
+            size = min(r.decoupled_fraction if r.flipped else np.inf for r in tried)
+            valid = min(r.decoupled_fraction if r.flipped and r.still_valid else np.inf for r in tried)
+            found[key] = Outcome(tried[0].clean_label == tried[0].label, size, valid if self.judged else np.nan)
         return found
 
 
@@ -117,15 +128,19 @@ class Difference:
     Attributes:
         robust: difference of the robust accuracies under all removal attacks together.
         valid: the same, counting only flips that leave the label right; without a value where the dataset cannot tell.
-        area: difference of the areas under the success curves: below 0, flips need larger removals.
-        p: of `decisive`, by the exact sign-flip test over samples, two-sided.
+        area: difference of the areas under the success curves: below 0, flips are fewer or need larger removals.
+        larger: difference of the same areas over the samples that both are flipped on, by flips that count: below 0,
+            they need larger removals.
+        p: of `decisive`, by the exact sign-flip test over samples, two-sided; p_larger: likewise of `larger`.
         samples, seeds: how many were paired.
     """
 
     robust: Estimate
     valid: Estimate
     area: Estimate
+    larger: Estimate
     p: float
+    p_larger: float
     samples: int
     seeds: int
 
@@ -135,17 +150,27 @@ class Difference:
         return self.robust if self.valid["value"] is None else self.valid
 
     @property
+    def points(self) -> float:
+        """How much better the defence is than the other."""
+        return self.decisive["value"] or 0.0
+
+    @property
     def gain(self) -> tuple[float, float]:
-        """How much better the defence is than the other, for ranking."""
-        return self.decisive["value"] or 0.0, -(self.area["value"] or 0.0)
+        """The same for ranking: among equals, the size of the flips decides."""
+        return self.points, -(self.area["value"] or 0.0)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A defence against the undefended model and against the best of its controls.
+    """A defence against the undefended model and against its controls.
+
+    To have helped, a defence must be better than each of its controls, beyond chance; to have done worse, worse than
+    any of them.
 
     Attributes:
-        p: of the difference to that control, after Holm's correction over the verdicts on this model.
+        control, beyond: the control that decides, and the difference to it.
+        p: that of the claim. For one against each control it is the largest of their p (Berger 1982), for one against
+            any the smallest times their number; then after Holm's correction over the verdicts on this model.
     """
 
     defense: Defended
@@ -156,7 +181,7 @@ class Verdict:
 
     @property
     def helped(self) -> bool:
-        """Whether it is more robust than the best control, beyond what chance explains."""
+        """Whether it is more robust than every control, beyond what chance explains."""
         return self.word == "helped"
 
     @property
@@ -166,12 +191,12 @@ class Verdict:
             return ""
         if self.p >= LEVEL:
             return "did not help"
-        return "helped" if (self.beyond.decisive["value"] or 0) > 0 else "did worse"
+        return "helped" if self.beyond.points > 0 else "did worse"
 
     @property
     def larger(self) -> bool:
         """Whether flips need larger removals than under the control: all that there is to see where nothing holds."""
-        return self.beyond is not None and self.beyond.area["high"] is not None and self.beyond.area["high"] < 0
+        return self.beyond is not None and self.beyond.p_larger < LEVEL and (self.beyond.larger["value"] or 0) < 0
 
     @property
     def line(self) -> str:
@@ -189,7 +214,7 @@ class Verdict:
             gains += f" (against the undefended model {_points(self.undefended.decisive)})"
         return (
             f"{self.defense.name} {what}: {gains}, p {probability(self.p)}, curve area {_points(area)} (below 0, flips "
-            f"need larger removals); {whole(self.beyond.samples)} paired samples, {self.beyond.seeds} "
+            f"are fewer or larger); {whole(self.beyond.samples)} paired samples, {self.beyond.seeds} "
             f"seed{'s'[: self.beyond.seeds != 1]}."
         )
 
@@ -213,7 +238,7 @@ class Grid:
 
     def worst(self, defense: Defended) -> dict[str, Estimate]:
         """Clean and robust accuracies, and the curve area under all removal attacks together."""
-        seeds = [defense.outcomes(seed, self.attacks) for seed in defense.seeds]
+        seeds = [defense.outcomes(seed, self.attacks) for seed in defense.seeds(self.attacks)]
         return {
             "clean_accuracy": pooled([{key: 100.0 * o.right for key, o in found.items()} for found in seeds]),
             "robust_accuracy": pooled([{key: o.robust for key, o in found.items()} for found in seeds]),
@@ -224,35 +249,54 @@ class Grid:
     def difference(self, a: Defended, b: Defended) -> Difference | None:
         """`a` less `b`; None where they share no sample."""
         robust: list[dict[Any, float]] = []
-        valid, area = list(robust), list(robust)
-        for seed in (seed for seed in a.seeds if seed in b.seeds):
-            attacks = [name for name in self.attacks if name in a.attacks and name in b.attacks]
+        valid, area, larger = list(robust), list(robust), list(robust)
+        attacks = [name for name in self.attacks if name in a.attacks and name in b.attacks]
+        for seed in (seed for seed in a.seeds(attacks) if seed in b.seeds(attacks)):
             first, second = a.outcomes(seed, attacks), b.outcomes(seed, attacks)
             both = {key: (first[key], second[key]) for key in first if key in second}
             robust.append({key: x.robust - y.robust for key, (x, y) in both.items()})
             valid.append({key: x.robust_to_valid - y.robust_to_valid for key, (x, y) in both.items()})
             area.append({key: x.area - y.area for key, (x, y) in both.items() if x.right and y.right})
+            sizes = {key: (x.decisive, y.decisive) for key, (x, y) in both.items() if x.right and y.right}
+            flipped = {key: pair for key, pair in sizes.items() if np.isfinite(pair).all()}
+            larger.append({key: _score(x) - _score(y) for key, (x, y) in flipped.items()})
         samples = sum(map(len, robust))
         if not samples:
             return None
         p = sign_flip(over_seeds(valid if a.judged and b.judged else robust))
-        return Difference(pooled(robust), pooled(valid), pooled(area), p, samples, len(robust))
+        p_larger = sign_flip(over_seeds(larger))
+        found = pooled(robust), pooled(valid), pooled(area), pooled(larger)
+        return Difference(*found, p, p_larger, samples, len(robust))
 
     def verdicts(self) -> list[Verdict]:
         """One for each defence that is no control."""
-        plain = next((d for d in self.defenses if d.undefended), None)
-        controls = [d for d in self.defenses if d.control]
         found = []
         for defense in self.defenses:
             if defense.control or defense.undefended:
                 continue
-            against = [(c, difference) for c in controls if (difference := self.difference(defense, c)) is not None]
-            # The best control is the one that leaves the least gain; among equals, in the size of the flips.
-            best, beyond = min(against, key=lambda pair: pair[1].gain, default=(None, None))
+            match = [other for other in self.defenses if other.base == defense.base]
+            plain = next((other for other in match if other.undefended), None)
             gain = None if plain is None else self.difference(defense, plain)
-            found.append(Verdict(defense, gain, best, beyond))
-        corrected = iter(holm([verdict.beyond.p for verdict in found if verdict.beyond is not None]))
+            controls = [(c, difference) for c in match if c.control and (difference := self.difference(defense, c))]
+            found.append(_judged(defense, gain, controls))
+        corrected = iter(holm([verdict.p for verdict in found if verdict.beyond is not None]))
         return [replace(v, p=next(corrected)) if v.beyond is not None else v for v in found]
+
+
+def _judged(defense: Defended, gain: Difference | None, controls: Sequence[tuple[Defended, Difference]]) -> Verdict:
+    """The verdict on a defence, before it is corrected for others."""
+    # Of equal ones the control that leaves the least gain; among equals again, in the size of the flips.
+    ranked = sorted(controls, key=lambda pair: pair[1].gain)
+    if not ranked:
+        return Verdict(defense, gain, None, None)
+    worse = [pair for pair in ranked if pair[1].points < 0]
+    if worse:
+        control, beyond = min(worse, key=lambda pair: pair[1].p)
+        return Verdict(defense, gain, control, beyond, min(1.0, beyond.p * len(controls)))
+    if ranked[0][1].points == 0:
+        return Verdict(defense, gain, *ranked[0])
+    control, beyond = max(ranked, key=lambda pair: pair[1].p)
+    return Verdict(defense, gain, control, beyond, beyond.p)
 
 
 def grids(runs: Sequence[Run]) -> list[Grid]:
@@ -297,7 +341,7 @@ def _defenses(runs: Sequence[Run]) -> list[Defended]:
             attacks.setdefault(name, []).append(run)
         control = any((run.about.get("training") or {}).get("control") for run in group)
         rows = {name: Row(tuple(_one_a_seed(names[key], name, own)), name) for name, own in sorted(attacks.items())}
-        found.append(Defended(names[key], control, rows))
+        found.append(Defended(names[key], control, rows, not group[0].about.get("defense"), _base(group[0])))
     return sorted(found, key=lambda d: (not d.undefended, not d.control, d.name))
 
 
@@ -313,15 +357,27 @@ def _one_a_seed(defense: str, attack: str, runs: Sequence[Run]) -> list[Run]:
 
 def _setup(run: Run) -> str:
     """What decides how a model was hardened, apart from the seed."""
+    return json.dumps([run.about.get("defense"), _options(run)], sort_keys=True)
+
+
+def _base(run: Run) -> str:
+    """What decides how a model was trained before it was hardened, apart from the seed."""
     config = run.about.get("config") or {}
+    return json.dumps([config.get("model"), config.get("training")], sort_keys=True)
+
+
+def _options(run: Run) -> dict[str, Any]:
+    config = run.about.get("config") or {}
+    found = {key: config.get(key) for key in ("model", "training")}
     if not run.about.get("defense"):
-        return UNDEFENDED
-    return json.dumps([run.about["defense"], _options(config)], sort_keys=True)
-
-
-def _options(config: Mapping[str, Any]) -> dict[str, Any]:
+        return found
     defense = {key: value for key, value in (config.get("defense") or {}).items() if key != "folder"}
-    return {"defense": defense, "hardening": config.get("hardening") or {}}
+    return {"defense": defense, "hardening": config.get("hardening") or {}, **found}
+
+
+# Of an attack's identity: what is no setting of the attack, and what has words of its own.
+NO_SETTING = ("model", "seed", "weights", "keep_media", "defense", "certification")
+SAID = ("attack.run", "dataset.test_limit", "threat_model.max_queries", "attack.valid_only")
 
 
 def _variant(run: Run) -> tuple[str, ...]:
@@ -329,19 +385,24 @@ def _variant(run: Run) -> tuple[str, ...]:
     identity = run.about.get("identity") or {}
     attack, budget = identity.get("attack"), (identity.get("threat_model") or {}).get("max_queries")
     valid_only = isinstance(attack, dict) and attack.get("valid_only")
-    return f"{whole(budget)} queries" if budget else "no limit", "valid flips" if valid_only else "all flips"
+    words = [f"{whole(budget)} queries" if budget else "no limit", "valid flips" if valid_only else "all flips"]
+    settings = flat({key: value for key, value in identity.items() if key not in NO_SETTING})
+    return *words, *(f"{key}={value}" for key, value in settings.items() if key not in SAID)
 
 
 def _names(groups: Mapping[str, Sequence[Run]]) -> dict[str, str]:
     """What each group is called: the defence, and the settings in which it differs from others of the name."""
     settings = {
-        key: (str(runs[0].about.get("defense") or UNDEFENDED), flat(_options(runs[0].about.get("config") or {})))
-        for key, runs in groups.items()
+        key: (str(runs[0].about.get("defense") or UNDEFENDED), flat(_options(runs[0]))) for key, runs in groups.items()
     }
     names = {}
     for key, (name, own) in settings.items():
         others = [options for other, (title, options) in settings.items() if title == name and other != key]
-        differing = [f"{k.split('.', 1)[-1]}={v}" for k, v in own.items() if any(o.get(k) != v for o in others)]
+        differing = [
+            f"{k.removeprefix('defense.').removeprefix('hardening.')}={v}"
+            for k, v in own.items()
+            if any(o.get(k) != v for o in others)
+        ]
         names[key] = f"{name} ({', '.join(differing[:3])})" if differing else name
     return names
 
@@ -421,9 +482,10 @@ NOTE = (
     "By attack: robust accuracy, in brackets the success rate and the mean decoupled (or changed) fraction of the "
     "flips, all in percent. Worst case: a sample counts as robust if none of the removal attacks flips it, and the "
     "smallest of their flips goes into the curve. Valid flips are those after which the label is still right, says the "
-    "dataset; where it can tell, a defence is judged by them: p is of the exact sign-flip test over the samples that "
-    "it and the best control share (of one seed, McNemar's), after Holm's correction over the defences of the model; "
-    "below 0.05 it helped, or did worse. Cost: samples trained on, repeats counted, passes of the "
+    "dataset; where it can tell, a defence is judged by them. p is of the exact sign-flip test over the samples that "
+    "it and a control share (of one seed, McNemar's): the largest over the controls where it is better than all, the "
+    "smallest times their number where it is worse than one; after Holm's correction over the defences of the model. "
+    "Below 0.05 it helped, or did worse. Cost: samples trained on, repeats counted, passes of the "
     "training's own attack, wall time; means over seeds. Brackets after a figure: 95 % bootstrap interval."
 )
 
@@ -474,10 +536,11 @@ def _lines(found: Sequence[Grid]) -> list[list[object]]:
                 summary = row.summary
                 lines.append([*own, name, len(row.runs), row.samples, *_numbers(summary), *paid, "", ""])
             worst = grid.worst(defense)
-            samples = sum(len(defense.outcomes(seed, grid.attacks)) for seed in defense.seeds)
+            seeds = defense.seeds(grid.attacks)
+            samples = sum(len(defense.outcomes(seed, grid.attacks)) for seed in seeds)
             verdict = verdicts.get(defense.name)
             said = ["", ""] if verdict is None else [verdict.word, verdict.larger]
-            lines.append([*own, WORST, len(defense.seeds), samples, *_numbers(worst), *paid, *said])
+            lines.append([*own, WORST, len(seeds), samples, *_numbers(worst), *paid, *said])
     return lines
 
 
