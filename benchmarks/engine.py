@@ -96,18 +96,26 @@ def full_model(samples: int) -> tuple[MultimodalModel, list[Sample]]:
     return model, [s for s in PreparedDataset(examples, model.modalities, 2) if isinstance(s, Sample)]
 
 
-def relabel(model: MultimodalModel, samples: list[Sample], device: torch.device) -> list[Sample]:
+def narrowed(device: torch.device, precision: str) -> torch.autocast:
+    """What the engine runs a model in, so that all that is compared with it runs in the same."""
+    dtype = AUTOCAST[precision]
+    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def relabel(model: MultimodalModel, samples: list[Sample], device: torch.device, precision: str) -> list[Sample]:
     """The samples with the model's own predictions as labels, so that none is skipped."""
     labelled = []
     for start in range(0, len(samples), 64):
         batch = Batch.of(samples[start : start + 64]).to(device)
-        with torch.inference_mode():
+        with torch.inference_mode(), narrowed(device, precision):
             labels = model(batch.inputs, batch.rows).logits.argmax(1).tolist()
         labelled += [replace(s, label=label) for s, label in zip(batch.samples, labels, strict=True)]
     return labelled
 
 
-def sequential(model: MultimodalModel, attack: Attack, samples: list[Sample], device: torch.device) -> int:
+def sequential(
+    model: MultimodalModel, attack: Attack, samples: list[Sample], device: torch.device, precision: str
+) -> int:
     """The plain loop: one forward a question, no cache, no reuse. Returns the forwards."""
     threat_model = ThreatModel().complete(model.modalities)
     forwards = 0
@@ -124,7 +132,8 @@ def sequential(model: MultimodalModel, attack: Attack, samples: list[Sample], de
                 where = torch.tensor([boxes], device=device)
                 x = modality.occlude(x, where, threat_model.replacement[name], None)
             inputs[name] = x
-        embedding, logits = (t[0] for t in model(inputs))
+        with narrowed(device, precision):
+            embedding, logits = (t[0].float() for t in model(inputs))
         other = logits.clone()
         other[sample.label] = float("-inf")
         shift = 0.0 if clean is None else 1 - float(torch.cosine_similarity(embedding, clean, dim=0))
@@ -174,11 +183,10 @@ def bare_forwards(model: MultimodalModel, samples: list[Sample], size: int, seco
     device = next(model.parameters()).device
     batch = Batch.of([samples[i % len(samples)] for i in range(size)]).to(device)
     inputs = {name: x[batch.rows[name]] for name, x in batch.inputs.items()}  # every row its own, as in a query
-    dtype = AUTOCAST[precision]
 
     @torch.inference_mode()
     def forward() -> None:
-        with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+        with narrowed(device, precision):
             model(inputs).logits.cpu()
 
     for _ in range(3):
@@ -285,7 +293,7 @@ def main() -> None:
         model, samples = small_model(arguments.model, arguments.checkpoint, arguments.samples)
     model = model.to(device)
     if arguments.checkpoint is None:
-        samples = relabel(model, samples, device)
+        samples = relabel(model, samples, device, arguments.precision)
     attack = DecouplingReference()
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(
@@ -297,7 +305,7 @@ def main() -> None:
     print("bare forwards/s by batch size: " + ", ".join(f"{size}: {rate:.0f}" for size, rate in bare.items()))
 
     few = samples[: arguments.sequential_samples]
-    seconds, forwards = timed(lambda: sequential(model, attack, few, device), device)
+    seconds, forwards = timed(lambda: sequential(model, attack, few, device, arguments.precision), device)
     loop = float(forwards) / seconds  # type: ignore[arg-type]
     print(f"sequential loop: {loop:.0f} queries/s ({forwards} on {len(few)} samples)")
 
@@ -310,7 +318,7 @@ def main() -> None:
         hits, rows = sum(r.cache_hits for r in results), engine.statistics.rows
         rates[reuse] = (asked / seconds, rows / seconds)
         encoded = ", ".join(f"{100 * (1 - n / rows):.0f} % of {m}" for m, n in engine.statistics.encoded.items())
-        wasted = rows - sum(r.forwards for r in results)
+        wasted = rows - engine.statistics.repeated - sum(r.forwards for r in results)
         print(
             f"engine, feature reuse {'on' if reuse else 'off'}, batch {best}: {rates[reuse][0]:.0f} queries/s, "
             f"{rates[reuse][1]:.0f} forwards/s; {asked} queries, {rows} forwards in {engine.statistics.batches} "

@@ -20,7 +20,8 @@ from muroan.report import defenses
 from muroan.report.cells import Cell
 from muroan.report.defenses import UNDEFENDED
 
-DEFENSES = ["plain_training", "random_removal_augmentation", "modality_dropout", "noise_augmentation"]
+DEFENSES = ["plain_training", "random_removal_augmentation", "valid_removal_augmentation", "modality_dropout"]
+DEFENSES += ["noise_augmentation"]
 DEFENSES += ["adversarial_training", "adversarial_training_offline", "adversarial_training_pgd"]
 DEFENSES += ["embedding_adversarial_training"]
 ATTACKS = ["decoupling", "decoupling_fast", "random_removal", "pgd_linf"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import EarlyStopping
 from torchmetrics import Metric
 from tqdm.auto import tqdm
 
@@ -79,6 +80,14 @@ class RobustValidation(pl.Callback):
             success.update(*(torch.tensor([x], device=pl_module.device) for x in (r.flipped, r.attacked)))
         pl_module.log("val/robust_accuracy", robust.compute().float(), prog_bar=True)
         pl_module.log("val/attack_success_rate", success.compute().float())
+
+
+class StopEarly(EarlyStopping):
+    """Lightning's, which, when a training goes on from its last checkpoint, knows that it had stopped already."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        trainer.should_stop |= self.wait_count >= self.patience
 
 
 class RecordingCallback(pl.Callback):
@@ -243,7 +252,7 @@ class AttackCallback(RecordingCallback):
             self.metrics["clean_accuracy"].update(clean, label)
             self.metrics["robust_accuracy"].update(clean, final, label)
             self.metrics["attack_success_rate"].update(flipped, attacked)
-            fraction = torch.tensor([r.decoupled_fraction], device=device, dtype=torch.float64)
+            fraction = torch.tensor([r.decoupled_fraction], device=device)
             self.metrics["decoupled_fraction"].update(fraction, flipped)
             self.metrics["queries"].update(torch.tensor([r.queries], device=device), attacked)
             running = self._count(r)

@@ -26,7 +26,7 @@ from muroan.defenses.certificate import alone, along_diagonal, bounds, is_certif
 from muroan.defenses.mmcert import Ablation
 from muroan.engine import AUTOCAST
 from muroan.errors import MuroanError
-from muroan.models.base import MultimodalModel
+from muroan.models.base import MultimodalModel, model_dtype
 from muroan.results import AttackResult, RecordFolder
 
 
@@ -70,7 +70,7 @@ class Certificate:
         """The answer is right for all attackers with a share of every modality below this; 0 where it is not right."""
         if self.predicted != self.label:
             return 0.0
-        return min((self.joint[name] + 1) / n for name, n in self.n.items())
+        return min((self.joint[name] + 1) / n for name, n in self.n.items() if n)
 
     def altered(self, record: AttackResult) -> dict[str, int] | None:
         """How many of the certificate's elements an attack altered, a modality; None where that is not known.
@@ -251,9 +251,11 @@ class CertificationCallback(RecordingCallback):
         dataloader_idx: int = 0,
     ) -> None:
         self.take_unreadable(batch)
+        dtype = model_dtype(self.certifier.model)
+        given = {name: x.to(dtype) if x.is_floating_point() else x for name, x in batch.inputs.items()}
         for row, sample in enumerate(batch.samples):
             if sample.id not in self._done:
-                inputs = {name: x[batch.rows[name][row]] for name, x in batch.inputs.items()}
+                inputs = {name: x[batch.rows[name][row]] for name, x in given.items()}
                 self._folder.append(self.certifier.certify(sample, inputs))
             self._bar.update()
 
@@ -280,9 +282,17 @@ def certified_accuracy(certificates: Sequence[Certificate], shares: ArrayLike) -
 
 
 def flip_share(certificate: Certificate, record: AttackResult) -> float:
-    """The share of every modality's elements that it takes to do what this attack did; infinite unless known."""
-    altered = certificate.altered(record) if record.flipped else None
-    return float("inf") if altered is None else max(r / certificate.n[name] for name, r in altered.items())
+    """The share of every modality's elements that it takes to do what this attack did; infinite if it did nothing.
+
+    All of them where that is not known. Of chosen values no more than all elements are ever altered, be they larger
+    than the pixels, or samples of sound, that the record counts.
+    """
+    if not record.flipped:
+        return float("inf")
+    altered = certificate.altered(record)
+    if altered is None:
+        return 1.0
+    return max(min(1.0, r / certificate.n[name]) for name, r in altered.items() if certificate.n[name])
 
 
 def robust_accuracy(

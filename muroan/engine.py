@@ -58,13 +58,13 @@ Conversation = Generator[list[_Question], None, AttackResult]
 StillValid = Callable[[Sample, Removal], "bool | None"]
 
 
-def _shrinking(seen: Iterable[tuple[int, float]], last: float) -> list[tuple[int, float]]:
-    """Of (queries, size) those that are smaller than all before; the last of them has the size that was measured."""
+def _shrinking(flips: Iterable[tuple[int, float]], last: float) -> list[tuple[int, float]]:
+    """Of (queries, size) those that are smaller than all before, down to the size that was returned."""
     kept: list[tuple[int, float]] = []
-    for at, size in seen:
-        if not kept or size < kept[-1][1]:
+    for at, size in flips:
+        if size >= last - 1e-9 and (not kept or size < kept[-1][1]):
             kept.append((at, size))
-    return [*((at, size) for at, size in kept[:-1] if size > last), *((at, last) for at, _ in kept[-1:])]
+    return kept
 
 
 @dataclass(eq=False, slots=True)
@@ -74,7 +74,7 @@ class _Live:
     Attributes:
         slot: where the sample's tensors lie in the store.
         budget: queries left; queries: asked so far.
-        trajectory: see `AttackResult.trajectory`.
+        flips: (queries, decoupled fraction in percent) of every one that was seen.
         answers: every answer so far. `asked` are the keys that the search has been given answers to: the engine may
             know more than that, having run ahead, and the ledger must not depend on it.
         refused: whether the budget kept a function of the attack's from a pass; see `Target.refused`.
@@ -94,7 +94,7 @@ class _Live:
     verified: Response | None = None
     told: Any = None
     view: AttackedSample | None = None
-    trajectory: list[tuple[int, float]] = field(default_factory=list)
+    flips: list[tuple[int, float]] = field(default_factory=list)
     ledger: dict[str, Count] = field(default_factory=dict)
     wanted: deque[_Question] = field(default_factory=deque)
     in_flight: int = 0
@@ -121,11 +121,10 @@ class _Live:
         return self.answers[key]
 
     def note_flip(self, key: Key) -> None:
-        """Enter a flip into the trajectory if it is smaller than all before."""
+        """Enter a flip, as many queries after the start."""
         total = sum(layout.count for layout in self.sample.layouts.values())
         fraction = 100 * sum(bits.bit_count() for _, bits in key) / total
-        if not self.trajectory or fraction < self.trajectory[-1][1]:
-            self.trajectory.append((self.queries, fraction))
+        self.flips.append((self.queries, fraction))
 
     def affordable(self, key: Key, phase: str) -> bool:
         return key in self.asked or phase in OWN_PHASES or self.budget >= 1
@@ -205,6 +204,7 @@ class EngineStatistics:
 
     Attributes:
         batches, rows: model calls, and rows in them: every forward, those run ahead in vain included.
+        repeated: rows that were only to show that the model answers the same twice.
         encoded: rows encoded, a modality; `rows` minus this many were reused.
         out_of_memory: times that the batch was halved.
         disagreements: samples whose verification contradicted what the search had been told.
@@ -212,6 +212,7 @@ class EngineStatistics:
 
     batches: int = 0
     rows: int = 0
+    repeated: int = 0
     encoded: dict[str, int] = field(default_factory=dict)
     out_of_memory: int = 0
     disagreements: int = 0
@@ -426,6 +427,7 @@ class QueryEngine:
         if key in live.answers and live.answers[key].label != verified.label:
             self.statistics.disagreements += 1
         if not self.attack.reached(sample.label, verified):
+            live.view.proven = None  # what was claimed was about this removal
             return self._result(live, clean, clean, failed)
 
         result = self._result(live, clean, verified, "flipped", found)
@@ -449,7 +451,6 @@ class QueryEngine:
         live.ledger.setdefault(VERIFY, Count()).forwards += 1
         verified, inputs, layouts = live.told
         if not self.attack.reached(live.sample.label, verified):
-            live.trajectory = []  # what was seen is none
             return self._result(live, clean, clean, failed)
         result = self._result(live, clean, verified, "flipped")
         for name, x in inputs.items():
@@ -474,7 +475,8 @@ class QueryEngine:
                 else modality.display(live.sample.inputs[name], live.sample.layouts[name])
                 for name, modality in self.model.modalities.items()
             }
-        result.trajectory = _shrinking(result.trajectory, result.decoupled_fraction)
+        if seen := _shrinking(live.flips, result.decoupled_fraction):
+            result.trajectory = [*seen[:-1], (seen[-1][0], result.decoupled_fraction)]  # as measured
         return result
 
     def _search(self, live: _Live, search: Search) -> Generator[list[_Question], None, tuple[Any, bool]]:
@@ -574,7 +576,7 @@ class QueryEngine:
                 name: modality.display(sample.inputs[name], sample.layouts[name])
                 for name, modality in self.model.modalities.items()
             }
-        return AttackResult(
+        result = AttackResult(
             id=sample.id,
             index=sample.index,
             attack=self.attack.name,
@@ -588,10 +590,12 @@ class QueryEngine:
             ledger=live.ledger,
             kind=self.attack.kind,
             proven=live.view.proven if live.view else None,
-            trajectory=live.trajectory,
             info=live.view.info if live.view else {},
             media=media,
         )
+        if result.flipped and self.attack.kind == "removal":
+            result.trajectory = _shrinking(live.flips, result.decoupled_fraction)
+        return result
 
     # -- work on whole batches -----------------------------------------------------------------------------
 
@@ -600,9 +604,10 @@ class QueryEngine:
             raise MuroanError(
                 f"{self.attack.name} asks under the phase {asked.phase!r}, which is the engine's own: name another"
             )
-        work = self._works.get(asked.function)
+        key = asked.function, asked.phase
+        work = self._works.get(key)
         if work is None:
-            work = self._works[asked.function] = partial(self._together, asked)
+            work = self._works[key] = partial(self._together, asked)
         yield [_Question(live, work=work)]
         told, live.told = live.told, None
         return told
@@ -613,21 +618,19 @@ class QueryEngine:
         Out of memory, the batch is halved for good, and the function run anew on both halves, with the random
         generators as they were.
         """
-        if len(lives) > self.batch_size:
-            return self._together(asked, lives[: self.batch_size]) + self._together(asked, lives[self.batch_size :])
+        if len(lives) > (size := self.batch_size):  # which the first call may halve again
+            return self._together(asked, lives[:size]) + self._together(asked, lives[size:])
         states = [live.rng.bit_generator.state for live in lives if live.rng is not None]
         # Lightning tests in inference mode, in which nothing can be differentiated.
         # What is found with one arithmetic is judged with the same: a flip by a hair may be none in the other.
         dtype = AUTOCAST[self.precision]
         autocast = torch.autocast(self.device.type, dtype) if dtype else nullcontext()
+        target: Target | None = None
+        told: list[Any] | None = None
         with torch.inference_mode(False), torch.no_grad(), autocast:
-            target = self._target(lives)
             try:
-                told: list[Any] = list(asked.function(target))
-                if len(told) != len(lives):
-                    raise MuroanError(
-                        f"{self.attack.name} was given {len(lives)} samples and returned {len(told)} answers"
-                    )
+                target = self._target(lives)
+                told = list(asked.function(target))
             except BudgetExhausted:
                 # Not a sample's own affair: which others share its batch must not show in their records.
                 raise MuroanError(
@@ -636,10 +639,14 @@ class QueryEngine:
                     f"others go on, and return None where nothing was found"
                 ) from None
             except torch.OutOfMemoryError:
-                self._halve(len(lives))
-                for live, state in zip(lives, states, strict=True):
-                    live.rng.bit_generator.state = state  # type: ignore[union-attr]
-                return self._together(asked, lives)
+                target = None
+        if told is None or target is None:  # not while the error is held, and with it all that the pass has filled
+            self._halve(len(lives))
+            for live, state in zip(lives, states, strict=True):
+                live.rng.bit_generator.state = state  # type: ignore[union-attr]
+            return self._together(asked, lives)
+        if len(told) != len(lives):
+            raise MuroanError(f"{self.attack.name} was given {len(lives)} samples and returned {len(told)} answers")
         self.statistics.rows += int(target.forwards.sum())
         for row, live in enumerate(lives):
             count = live.ledger.setdefault(asked.phase, Count())
@@ -650,9 +657,9 @@ class QueryEngine:
             if self.attack.kind != "removal":
                 total = sum(layout.count for layout in live.sample.layouts.values())
                 noted = [(live.queries + at, 100 * elements / total) for at, elements in target.in_hand[row]]
-                if not noted and first and not live.trajectory:
+                if not noted and first and not live.flips:
                     noted = [(live.queries + first, math.inf)]
-                live.trajectory += noted
+                live.flips += noted
             live.budget -= queries
             live.queries += queries
             live.refused |= bool(target.refused[row])
@@ -692,6 +699,8 @@ class QueryEngine:
     @torch.inference_mode()
     def _verify(self, lives: list[_Live]) -> list[tuple[Response, dict[str, Tensor], dict[str, Layout]]]:
         """What the model says to the perturbation of each sample, its inputs and layouts."""
+        if len(lives) > (size := self.batch_size):  # which the first call may halve again
+            return self._verify(lives[:size]) + self._verify(lives[size:])
         answers = []
         for live in lives:
             found: Perturbation = live.told
@@ -712,17 +721,28 @@ class QueryEngine:
                     )
             whole = {**live.sample.inputs, **changed}
             answers.append((whole, changed, {**live.sample.layouts, **layouts}))
-        dtype = self._store.dtype
+        try:
+            responses = self._verified([whole for whole, _, _ in answers], lives)
+        except torch.OutOfMemoryError:
+            responses = None
+        if responses is None:
+            self._halve(len(lives))
+            return self._verify(lives)
+        return [(r, changed, layouts) for r, (_, changed, layouts) in zip(responses, answers, strict=True)]
+
+    def _verified(self, inputs: Sequence[dict[str, Tensor]], lives: list[_Live]) -> list[Response]:
+        """What the model says to whole inputs."""
+        dtype, autocast = self._store.dtype, AUTOCAST[self.precision]
         batch = {}
         for name in self.model.modalities:
-            stacked = torch.stack([whole[name] for whole, _, _ in answers]).to(self.device)
+            stacked = torch.stack([whole[name] for whole in inputs]).to(self.device)
             batch[name] = stacked.to(dtype) if stacked.is_floating_point() else stacked
-        autocast = AUTOCAST[self.precision]
         with torch.autocast(self.device.type, autocast) if autocast else nullcontext():
             prediction = self.model(batch)
         packed = self._numbers(prediction, self._tensor([live.slot for live in lives]))
-        responses = self._responses(packed, prediction.logits.shape[1])
-        return [(r, changed, layouts) for r, (_, changed, layouts) in zip(responses, answers, strict=True)]
+        self.statistics.batches += 1
+        self.statistics.rows += len(lives)
+        return self._responses(packed, prediction.logits.shape[1])
 
     def _halve(self, size: int) -> None:
         """Go on with batches of half the size, after the device ran out of memory.
@@ -744,12 +764,15 @@ class QueryEngine:
         """Answer a batch; on out-of-memory, the batch size is halved for good and the batch asked in two."""
         if len(questions) > (size := self.batch_size):  # which the first call may halve again
             return self._ask(questions[:size]) + self._ask(questions[size:])
+        packed = None
         try:
             packed, classes = self._forward(questions)
             if not self._checked:
-                self._checked = True
                 self._check_repeatable(questions, packed, classes)
+                self._checked = True
         except torch.OutOfMemoryError:
+            packed = None
+        if packed is None:  # not while the error is held, and with it all that the pass has filled
             self._halve(len(questions))
             return self._ask(questions)
         if not np.isfinite(packed).all():
@@ -771,6 +794,7 @@ class QueryEngine:
 
     def _check_repeatable(self, questions: list[_Question], packed: np.ndarray, classes: int) -> None:
         again, _ = self._forward(questions)
+        self.statistics.repeated += len(questions)
         scale = 1e-3 if self.precision == "32" else 3e-2
         close = np.isclose(packed[:, :classes], again[:, :classes], rtol=scale, atol=scale, equal_nan=True)
         if not close.all():

@@ -202,7 +202,7 @@ class CleanAccuracy(MeanMetric):
         Args:
             clean: (N,) predictions before the attack; labels: (N,).
         """
-        super().update(100.0 * (clean == labels).double())
+        super().update(100.0 * (clean == labels).float())
 
 
 class RobustAccuracy(MeanMetric):
@@ -213,7 +213,7 @@ class RobustAccuracy(MeanMetric):
         Args:
             clean, adversarial, labels: (N,).
         """
-        super().update(100.0 * ((clean == labels) & (adversarial == labels)).double())
+        super().update(100.0 * ((clean == labels) & (adversarial == labels)).float())
 
 
 class AttackSuccessRate(MeanMetric):
@@ -224,7 +224,7 @@ class AttackSuccessRate(MeanMetric):
         Args:
             flipped, attacked: (N,) bool.
         """
-        super().update(100.0 * flipped[attacked].double())
+        super().update(100.0 * flipped[attacked].float())
 
 
 class QueryCount(MeanMetric):
@@ -235,7 +235,7 @@ class QueryCount(MeanMetric):
         Args:
             queries: (N,); attacked: (N,) bool.
         """
-        super().update(queries[attacked].double())
+        super().update(queries[attacked].float())
 
 
 class DecoupledFraction(Metric):
@@ -253,11 +253,11 @@ class DecoupledFraction(Metric):
         Args:
             fractions: (N,) percent; flipped: (N,) bool.
         """
-        self.fractions.append(fractions[flipped].double())
+        self.fractions.append(fractions[flipped].float())
 
     def compute(self) -> dict[str, Tensor]:
         found = self.fractions  # a list of parts here, one tensor after they were gathered from all processes
-        every = found if isinstance(found, Tensor) else torch.cat([*found, torch.zeros(0, dtype=torch.double)])
+        every = found if isinstance(found, Tensor) else torch.cat(found) if found else torch.zeros(0)
         if every.numel() == 0:
             nothing = torch.tensor(float("nan"))
             return {"decoupled_fraction_mean": nothing, "decoupled_fraction_median": nothing}

@@ -51,7 +51,7 @@ class AttackResult:
             the changed elements, of a text the words replaced, left out or put in by the fewest edits); `corruption`
             (noise that nobody chose).
         distance: of a perturbation, a modality: `l2` and `linf` in units of the model's input.
-        proven: the attack asked every removal in its universe that is smaller, so that none flips; None when it
+        proven: no removal in its universe that is smaller, by the attack's objective, flips; None when it
             makes no such claim.
         still_valid: whether the label is still right after the removal, says the dataset; None when it cannot tell.
         trajectory: (queries, decoupled fraction in percent) at every flip seen that was smaller than those before:

@@ -550,6 +550,9 @@ def test_each_objective_finds_its_own(objective, expected):
     record = one(model, Decoupling(objective=objective))
     assert set(record.removal.regions) == expected
     assert_flips_and_is_one_minimal(model, record)
+    fractions = [fraction for _, fraction in record.trajectory]
+    assert fractions == sorted(set(fractions), reverse=True)
+    assert fractions[-1] == pytest.approx(record.decoupled_fraction), "not a smaller flip that was not returned"
 
 
 def test_parts_of_a_flip_across_quadrants():

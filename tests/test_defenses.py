@@ -27,12 +27,13 @@ from muroan.attacks.decoupling_fast import DecouplingFast
 from muroan.attacks.pgd import PgdLinf
 from muroan.attacks.random_removal import RandomRemoval
 from muroan.attacks.transferred import Transferred
-from muroan.callbacks import RobustValidation
+from muroan.callbacks import RobustValidation, StopEarly
 from muroan.data.base import MultimodalData, scratch_text
 from muroan.data.samples import Batch, Example, Sample
 from muroan.defenses.adversarial_training import AdversarialTraining
 from muroan.defenses.base import Cost, Defense, without
 from muroan.defenses.embedding_adversarial_training import EmbeddingAdversarialTraining, divergence, main, norms
+from muroan.defenses.mmcert import MMCert
 from muroan.defenses.modality_dropout import ModalityDropout
 from muroan.defenses.noise_augmentation import NoiseAugmentation
 from muroan.defenses.plain_training import PlainTraining
@@ -460,7 +461,7 @@ def test_an_interrupted_offline_set_goes_on(tmp_path: Path, learned: Any, monkey
     fitted(resumed)
     assert {file: file.stat().st_mtime_ns for file in kept} == kept
     assert weights_hash(resumed.model) == weights_hash(whole.model)
-    assert resumed.cost.attack_forwards < whole.cost.attack_forwards
+    assert resumed.cost.attack_forwards == whole.cost.attack_forwards, "what the first start paid is in the account"
 
 
 def test_another_or_a_broken_offline_set_is_refused(tmp_path: Path, learned: Any) -> None:
@@ -469,9 +470,11 @@ def test_another_or_a_broken_offline_set_is_refused(tmp_path: Path, learned: Any
         fitted(offline(tmp_path, learned, samples=30))
     with pytest.raises(MuroanError, match=r"another configuration \(options\.rounds: '2' there, '5' asked for\)"):
         fitted(offline(tmp_path, learned, DecouplingFast(rounds=5), samples=20))
+    with pytest.raises(MuroanError, match="an adversarial set of another model"):
+        fitted(offline(tmp_path, None, samples=20))
     (part,) = tmp_path.glob("*.pt")
     part.unlink()
-    with pytest.raises(MuroanError, match="an interrupted adversarial set of another model"):
+    with pytest.raises(MuroanError, match="an adversarial set of another model"):
         fitted(offline(tmp_path, None, samples=20))
     part.write_bytes(b"PK")
     with pytest.raises(MuroanError, match=r"is not a part of an adversarial set .* remove it"):
@@ -499,10 +502,12 @@ def test_an_offline_attack_that_finds_nothing_says_so(tmp_path: Path, learned: A
 
 
 def test_values_of_an_attacks_choosing_are_kept_too(tmp_path: Path, learned: Any) -> None:
-    fitted(offline(tmp_path, learned, PgdLinf(epsilon=0.2, step=0.1, steps=3, stop_early=False), samples=40))
+    first = offline(tmp_path, learned, PgdLinf(epsilon=0.2, step=0.1, steps=3, stop_early=False), samples=40)
+    fitted(first)
     again = offline(tmp_path, learned, PgdLinf(epsilon=0.2, step=0.1, steps=3, stop_early=False), samples=40)
     fitted(again)
-    assert again.cost.attack_forwards == 0
+    assert again.cost.attack_forwards == first.cost.attack_forwards > 0, "the set has what it cost"
+    assert again.cost.attack_backwards == first.cost.attack_backwards > 0
     clean = {sample.id: sample for sample in Sides().prepared("train")}
     for sample in again.adversarial:
         moved = (sample.inputs["image"] - clean[sample.id].inputs["image"]).abs()
@@ -528,6 +533,107 @@ def test_a_killed_training_goes_on_to_the_same_model(tmp_path: Path, learned: An
     assert resumed.cost.rows == whole.cost.rows == 3 * 96
     assert resumed.cost.attack_forwards == whole.cost.attack_forwards
     assert resumed.cost.seconds > 0
+
+
+def test_a_training_that_gets_no_better_is_kept_at_every_epoch_and_stops_once(tmp_path: Path, learned: Any) -> None:
+    """A last checkpoint of the best epoch alone would lose what came after, and a stop that is forgotten trains on."""
+
+    class Worse(pl.Callback):
+        def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            pl_module.log("val/worse", -float(trainer.current_epoch))
+
+    def callbacks() -> list[pl.Callback]:
+        keep = pl.callbacks.ModelCheckpoint(tmp_path, "best", monitor="val/worse", mode="max")
+        latest = pl.callbacks.ModelCheckpoint(tmp_path, "last", enable_version_counter=False)
+        return [Worse(), StopEarly("val/worse", mode="max", patience=2), keep, latest]
+
+    fitted(PlainTraining(model(learned), lr=0.02), 9, callbacks())
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert content["epoch"] == 2
+    again = PlainTraining(model(), lr=0.02)
+    trainer = fitted(again, 9, callbacks(), tmp_path / "last.ckpt")
+    assert trainer.global_step == content["global_step"], "nothing more is trained"
+
+
+def test_parts_train_and_stay_as_they_are_under_every_defense(learned: Any) -> None:
+    """A pretrained model comes in evaluation mode; a part that its owner has frozen stays frozen through an attack."""
+    seen: dict[str, list[tuple[bool, bool]]] = {}
+
+    class Modes(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == 0:
+                module.model.frozen.eval()
+
+        def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *rest: Any) -> None:
+            seen.setdefault(type(module).__name__, []).append(
+                (module.model.drop.training, module.model.frozen.training)
+            )
+
+    for make in (PlainTraining, lambda m, **o: AdversarialTraining(m, DecouplingFast(), **o), MultimodalModule):
+        made = model(learned)
+        made.drop, made.frozen = nn.Dropout(), nn.Dropout()
+        made.eval()
+        options = {} if make is MultimodalModule else {"threat_model": THREAT}
+        fitted(make(made, lr=0.02, **options), 1, [Modes()])  # type: ignore[operator]
+    assert set(seen) == {"PlainTraining", "AdversarialTraining", "MultimodalModule"}
+    assert all(modes == [(True, False)] * 6 for modes in seen.values())
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize(
+    "defense",
+    [
+        lambda m, **o: AdversarialTraining(m, DecouplingFast(), **o),
+        lambda m, **o: AdversarialTraining(m, PgdLinf(epsilon=0.2, step=0.1, steps=2), **o),
+        EmbeddingAdversarialTraining,
+        lambda m, **o: MMCert(m, {"image": 0.5, "text": None}, **o),
+        RandomRemovalAugmentation,
+    ],
+    ids=["online", "pgd", "embedding", "mmcert", "random removal"],
+)
+def test_every_defense_trains_in_every_precision(defense: Any, precision: Any, learned: Any) -> None:
+    module = defense(model(learned), threat_model=THREAT, lr=1e-3)
+    trainer = pl.Trainer(
+        fast_dev_run=1, accelerator="cpu", precision=precision, enable_progress_bar=False, enable_model_summary=False
+    )
+    trainer.fit(module, Sides(batch_size=16))
+    assert all(torch.isfinite(p).all() for p in module.model.parameters())
+
+
+def test_feature_perturbations_of_confident_samples_are_no_nonsense_in_half_precision(learned: Any) -> None:
+    """A gradient far below the smallest number of float16, of a mean over the batch: 0 / 0 without care."""
+    made = model(learned)
+    with torch.no_grad():
+        made.out.weight *= 30
+    module = EmbeddingAdversarialTraining(made, threat_model=THREAT, lr=1e-3)
+    module.log = lambda *a, **k: None  # type: ignore[method-assign, assignment]
+    module.rng = lambda batch_idx: np.random.default_rng(0)  # type: ignore[method-assign]
+    with torch.autocast("cpu", torch.float16):
+        loss = module.training_step(batch(), 0)
+    assert loss is not None
+    assert torch.isfinite(loss)
+
+
+class Judging(Sides):
+    """Sides that can tell: without a word the label may be another."""
+
+    def still_valid(self, sample: Sample, removal: Removal) -> bool | None:
+        return not any(region.modality == "text" for region in removal.regions)
+
+
+def test_a_control_may_keep_to_what_leaves_the_label_right(learned: Any) -> None:
+    data, samples = Judging(batch_size=16), list(Sides().prepared("train"))[:60]
+    found = {}
+    for valid_only in (False, True):
+        module = RandomRemovalAugmentation(model(learned), valid_only=valid_only, threat_model=THREAT, lr=1e-3)
+        trainer = pl.Trainer(fast_dev_run=1, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
+        trainer.fit(module, data)
+        rng = np.random.default_rng(0)
+        removals = [module.draw(sample, rng) for sample in samples]
+        found[valid_only] = [{region.modality for region in removal.regions} for removal in removals]
+    assert any("text" in names for names in found[False])
+    assert not any("text" in names for names in found[True])
+    assert sum(names == {"image"} for names in found[True]) > 50, "drawn anew before it gives up"
 
 
 class StopAfter(pl.Callback):

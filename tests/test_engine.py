@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from torch import nn
 
 import muroan
-from muroan.attacks.base import Ask, Attack, BatchAttack, BudgetExhausted, ThreatModel
+from muroan.attacks.base import Ask, Attack, BatchAttack, BudgetExhausted, ThreatModel, Together
 from muroan.attacks.decoupling_reference import DecouplingReference
 from muroan.attacks.random_removal import RandomRemoval
 from muroan.data.samples import BadSample, Example, PreparedDataset, Sample
@@ -545,7 +546,7 @@ def test_the_statistics_say_what_was_encoded():
         engine = QueryEngine(model, Scripted(script), SINGLE, reuse_features=reuse)
         list(engine.run(samples))
         # The clean question is asked twice, to check that the model repeats itself.
-        assert (engine.statistics.batches, engine.statistics.rows) == (3, 5)
+        assert (engine.statistics.batches, engine.statistics.rows, engine.statistics.repeated) == (3, 5, 1)
         assert engine.statistics.encoded == encoded
         assert sum(rows for what, rows in model.calls if what == "image") == encoded["image"]
 
@@ -813,6 +814,84 @@ def test_out_of_memory_halves_the_batch_and_changes_no_record(which, where):
     assert max(rows for what, rows in model.calls if what == where) <= 5
     if where == "fuse":
         assert engine.batch_size == 4  # 32, 16, 8, 4
+
+
+class Holding(RandomToy):
+    """Has room for some rows, each of which takes its room for as long as the tensor of its pass lives."""
+
+    def __init__(self, most: int):
+        super().__init__()
+        self.most, self.taken = most, 0
+
+    def fuse(self, features):
+        rows = min(len(features["image"]), self.most - self.taken)
+        hidden = torch.zeros(rows)
+        self.taken += rows
+        weakref.finalize(hidden, self.free, rows)
+        if rows < len(features["image"]):
+            raise torch.OutOfMemoryError("toy")
+        return super().fuse(features) + 0 * hidden.sum()
+
+    def free(self, rows):
+        self.taken -= rows
+
+
+class Perturbing(BatchAttack):
+    """Asks the clean inputs, and returns one."""
+
+    name = "perturbing"
+
+    def perturb(self, target):
+        target.predict(target.inputs)
+        return target.perturbations({"image": target.inputs["image"] * 0})
+
+
+def test_what_a_failed_pass_held_is_free_when_it_is_tried_again():
+    """An error that is still being handled keeps alive all that its pass has made."""
+    samples = varied(RandomToy()) * 2
+    samples = [replace(s, id=f"s{i}", index=i) for i, s in enumerate(samples)]
+    expected = muroan.evaluate(RandomToy(), samples, RandomRemoval(12, 3), threat_model=SINGLE, batch_size=64)
+    model = Holding(10)
+    engine = QueryEngine(model, RandomRemoval(12, 3), SINGLE, batch_size=64)
+    with pytest.warns(UserWarning, match="out of memory"):
+        records = sorted(engine.run(samples), key=lambda r: r.index)
+    assert [r.to_json() for r in records] == [r.to_json() for r in expected]
+    assert 5 <= engine.batch_size <= 10
+    assert model.taken == 0
+
+
+@pytest.mark.parametrize("at", ["_target", "_verified"])
+def test_work_on_whole_batches_is_halved_as_well(at, monkeypatch):
+    """There is less room than for questions, from an attack's own passes on, or from the check of what it returned."""
+    samples = varied(RandomToy())
+    expected = muroan.evaluate(RandomToy(), samples, Perturbing(), threat_model=SINGLE, batch_size=32)
+    model = Holding(32)
+    engine = QueryEngine(model, Perturbing(), SINGLE, batch_size=32)
+    before = getattr(engine, at)
+
+    def narrow(*arguments):
+        model.most = 7
+        return before(*arguments)
+
+    monkeypatch.setattr(engine, at, narrow)
+    with pytest.warns(UserWarning, match="out of memory"):
+        records = sorted(engine.run(samples), key=lambda r: r.index)
+    assert [r.to_json() for r in records] == [r.to_json() for r in expected]
+    assert (engine.batch_size <= 7, model.taken) == (True, 0)
+
+
+def test_phases_of_whole_batches_are_told_apart():
+    class Twice(Perturbing):
+        def search(self, sample):
+            yield Together(self.perturb, phase="one")
+            yield Together(self.perturb, phase="two")
+            return (yield Together(self.perturb, phase="two"))
+
+    model = RandomToy()
+    records = [r for r in QueryEngine(model, Twice(), SINGLE).run(varied(model)) if r.attacked]
+    assert records
+    for r in records:
+        assert {phase: c.queries for phase, c in r.ledger.items() if c.queries} == {"one": 1, "two": 2}
 
 
 def test_out_of_memory_for_one_question_is_the_end():

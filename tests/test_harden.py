@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,8 +104,37 @@ def test_a_finished_one_is_not_hardened_again(hardened: Path, place: tuple[Path,
     [
         ("harden", (), "harden needs a defence, such as defense=adversarial_training: adversarial_training, "),
         ("harden", ("defense=modality_dropout", "defense.ratio=2"), "defense.ratio is the share of a batch"),
-        ("harden", ("defense=plain_training", "hardening.start=else"), "hardening.start must be trained or scratch"),
-        ("harden", ("defense=plain_training", "hardening.epochs=0"), "hardening.epochs must be at least 1, got 0"),
+        ("harden", ("defense=plain_training", "hardening.start=else"), "hardening.start must be trained, scratch or a"),
+        (
+            "harden",
+            ("defense=plain_training", "checkpoint=x.ckpt"),
+            "checkpoint names the model to attack: .*start=x.ckpt",
+        ),
+        (
+            "harden",
+            ("defense=plain_training", "hardening.epochs=0"),
+            "hardening.epochs must be a whole number, at least 1",
+        ),
+        (
+            "harden",
+            ("defense=plain_training", "hardening.batches=0"),
+            "hardening.batches must be a whole number, at lea",
+        ),
+        (
+            "harden",
+            ("defense=plain_training", "hardening.samples=-5"),
+            "hardening.samples must be a whole number, at le",
+        ),
+        (
+            "harden",
+            ("defense=plain_training", "hardening.warmup=1.5"),
+            "hardening.warmup must be between 0 and 1, got 1.5",
+        ),
+        ("harden", ("defense=plain_training", "hardening.lr=-1"), "hardening.lr must be above 0, got -1"),
+        ("train", ("training.lr=abc",), "training.lr must be a number, got 'abc'"),
+        ("train", ("training.epochs=ten",), "training.epochs must be a whole number, at least 1, got 'ten'"),
+        ("harden", ("defense=modality_dropout", "defense.ratio=x"), "defense.ratio is the share of a batch"),
+        ("certify", ("defense=mmcert", "defense.keep.image=ten"), "defense.keep.image must be a share above 0"),
         ("harden", ("defense=plain_training", "device.precision=16-true"), "device.precision=16-true is too narrow"),
         ("train", ("device.precision=16-true",), "device.precision=16-true is too narrow to train in"),
         ("harden", ("defense=plain_training", "hardening.start=trained"), "no trained model in .*: run `muroan train"),
@@ -116,11 +146,37 @@ def test_refusals_are_one_line(
 ) -> None:
     """In this process: what `main` exits with is the line that the shell shows."""
     monkeypatch.chdir(tmp_path)
-    if "defense.ratio=2" in words:
+    if command == "certify" or any(word.startswith("defense.ratio") for word in words):
         words = (*words, f"folders.train={trained}")
     monkeypatch.setattr(sys, "argv", ["muroan", command, *HARDEN, "tracker=none", *words])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "")
     with pytest.raises(SystemExit, match=f"muroan {command}: {message}"):
+        cli.main()
+
+
+def test_what_is_not_trained_to_the_end_is_not_attacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: Path
+) -> None:
+    """After its first epoch a training leaves a checkpoint, too."""
+    half = shutil.copytree(trained, tmp_path / "half")
+    (half / "summary.json").unlink()
+    for command, words in (("attack", ATTACK), ("harden", ("defense=plain_training",))):
+        words = (*HARDEN, *words, f"folders.train={half}", "tracker=none", "seed=0")
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["muroan", command, *words])
+        with pytest.raises(
+            SystemExit, match=r"not trained to the end: the same command goes on with it, `muroan train"
+        ):
+            cli.main()
+
+
+def test_a_checkpoint_of_another_training_is_not_taken_for_a_hardened_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: Path
+) -> None:
+    words = (*HARDEN, *ATTACK, "defense=plain_training", f"checkpoint={trained / 'best.ckpt'}", "tracker=none")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["muroan", "attack", *words])
+    with pytest.raises(SystemExit, match="is of a model that no defense=plain_training has hardened"):
         cli.main()
 
 

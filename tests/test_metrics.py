@@ -287,6 +287,23 @@ def test_decoupled_fraction_of_nothing_is_not_a_number():
     assert all(math.isnan(value) for value in figures(metric).values())
 
 
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+def test_figures_stay_on_the_device_that_they_came_from():
+    """Parts on an accelerator cannot be joined with anything that is not; `meta` stands in for one."""
+    metric = DecoupledFraction().to("meta")
+    metric.fractions = [torch.ones(2, device="meta"), torch.ones(1, device="meta")]
+    assert {figure.device.type for figure in metric.compute().values()} == {"meta"}
+
+
+def test_all_states_have_the_type_that_an_empty_process_contributes():
+    """Gathering stands in for a process without any sample, in the metric's own type: others have other bytes."""
+    for kind, inputs in tensors(RESULTS).items():
+        metric = kind()
+        metric.update(*inputs)
+        states = [s for state in metric.metric_state.values() for s in (state if isinstance(state, list) else [state])]
+        assert {state.dtype for state in states} == {metric.dtype}
+
+
 def test_success_rate_of_nobody_attacked_does_not_raise():
     metric = AttackSuccessRate()
     metric.update(torch.tensor([False]), torch.tensor([False]))

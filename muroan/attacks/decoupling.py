@@ -57,7 +57,8 @@ class Decoupling(Attack):
        same rule grows a removal until it flips and shrinks it afterwards. That rule takes long shots at small removals
        as long as the best flip is large: then every other round comes from a linear model of the margin around that
        flip, and a flip that is much smaller is shrunk again. In the end, single parts are put back until none can be.
-    5. *Prove*: when no more smaller removals are left than the budget allows, all are asked, the smallest first.
+    5. *Prove*: when no more smaller removals are left than the budget allows, all are asked, the smallest first: a
+       removal is proven to be the smallest by the objective (with `parts`, no flip takes fewer of them).
 
     `info` records how many atoms there were; the ledger's phases tell what each step took.
 

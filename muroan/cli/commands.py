@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -102,29 +103,40 @@ def train(config: DictConfig) -> None:
     if already_trained(config, "train"):
         return
     data, model = build(config)
+    check_texts(data, model)
     module = MultimodalModule(model, **optimisation(config.training))
     fit(config, "train", config.training, data, module, "val/accuracy")
 
 
 def harden(config: DictConfig) -> None:
     """Retrain a model under a defence; `best.ckpt` is the one with the best robust accuracy on validation samples."""
-    from pytorch_lightning.callbacks import Callback, EarlyStopping
+    from pytorch_lightning.callbacks import Callback
 
-    from muroan.callbacks import RobustValidation
+    from muroan.callbacks import RobustValidation, StopEarly
     from muroan.training.module import load_weights
 
     if not config.defense:
         raise MuroanError(f"harden needs a defence, such as defense=adversarial_training: {', '.join(of('defense'))}")
     options = config.hardening
     check_training(config, "hardening")
-    if options.start not in ("trained", "scratch"):
-        raise MuroanError(f"hardening.start must be trained or scratch, got {options.start!r}")
+    if config.checkpoint:
+        raise MuroanError(
+            f"checkpoint names the model to attack: to harden another than what was trained, "
+            f"hardening.start={config.checkpoint}"
+        )
+    if options.start not in ("trained", "scratch") and not Path(options.start).is_file():
+        raise MuroanError(f"hardening.start must be trained, scratch or a checkpoint, got {options.start!r}")
     if already_trained(config, "harden"):
         return
     data, model = build(config)
-    start = find_checkpoint(config, model) if options.start == "trained" else None
+    start = None if options.start == "scratch" else Path(options.start)
+    if options.start == "trained":
+        start = find_checkpoint(config, model)
     if start is not None:
         load_weights(model, start)
+    check_texts(data, model)
+    if config.rerun and config.defense.get("folder"):
+        forget_set(Path(config.defense.folder))
     threat_model = instantiate(options.threat_model)
     defense = instantiate(config.defense)
     module = defense(model=model, threat_model=threat_model, seed=config.seed, **optimisation(options))
@@ -134,7 +146,7 @@ def harden(config: DictConfig) -> None:
         monitor = "val/robust_accuracy"
         judge = instantiate(options.attack)
         callbacks.append(RobustValidation(judge, options.samples, threat_model, config.engine.batch_size, config.seed))
-    callbacks.append(EarlyStopping(monitor, mode="max", patience=options.patience))
+    callbacks.append(StopEarly(monitor, mode="max", patience=options.patience))
     fit(config, "harden", options, data, module, monitor, callbacks, start)
 
 
@@ -147,15 +159,56 @@ def check_training(config: DictConfig, section: str) -> None:
     """Refuse what cannot be trained with.
 
     Raises:
-        MuroanError: less than an epoch; a type of number that the optimiser makes NaN of.
+        MuroanError: a number that nothing can be trained with; a type of number that the optimiser makes NaN of.
     """
-    if config[section].epochs < 1:
-        raise MuroanError(f"{section}.epochs must be at least 1, got {config[section].epochs}")
+    options = config[section]
+    whole = {"epochs": 1, "batches": 1, "samples": 0, "patience": 0}
+    for name, least in whole.items():
+        value = options.get(name, least)
+        if value is None and name == "batches":
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise MuroanError(f"{section}.{name} must be a whole number, at least {least}, got {value!r}")
+    for name in ("lr", "weight_decay", "warmup", "clip"):
+        value = options[name]
+        if value is None and name == "clip":
+            continue
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+            raise MuroanError(f"{section}.{name} must be a number, got {value!r}")
+        if value < 0 or (name == "lr" and value == 0) or (name == "warmup" and not 0 < value < 1):
+            ends = {"lr": "above 0", "warmup": "between 0 and 1"}.get(name, "0 or more")
+            raise MuroanError(f"{section}.{name} must be {ends}, got {value}")
     if config.device.precision == "16-true":
         raise MuroanError(
             "device.precision=16-true is too narrow to train in: choose 16-mixed, bf16-mixed or bf16-true (to attack "
             "in 16-true, train in another one and name its checkpoint=FILE)"
         )
+
+
+def check_texts(data: Any, model: Any) -> None:
+    """Refuse a training that a text of val or test, which the model cannot take, would end after hours.
+
+    Raises:
+        MuroanError: there is such a text, and no word of skipping it.
+    """
+    from muroan.modalities import Text
+
+    for name, modality in model.modalities.items():
+        if not isinstance(modality, Text) or data.skip_bad:
+            continue
+        for split in ("val", "test"):
+            asked = {example.inputs[name]: example.id for example in data.examples(split)}
+            for text, id in asked.items():
+                try:
+                    modality.prepare(text)
+                except MuroanError as error:
+                    raise MuroanError(f"sample {id!r} of {split}, {name}: {error}") from None
+
+
+def forget_set(folder: Path) -> None:
+    """Remove the adversarial set of an offline training that is run again."""
+    for file in (*folder.glob("*-*.pt"), folder / "set.json"):
+        file.unlink(missing_ok=True)
 
 
 def already_trained(config: DictConfig, command: str) -> bool:
@@ -221,7 +274,8 @@ def fit(
     from muroan.training.module import load_weights, weights_hash
 
     out = Path(config.out)
-    keep = ModelCheckpoint(out, "best", monitor=monitor, mode="max", save_last=True, enable_version_counter=False)
+    keep = ModelCheckpoint(out, "best", monitor=monitor, mode="max", enable_version_counter=False)
+    latest = ModelCheckpoint(out, "last", enable_version_counter=False)  # of every epoch, be it better or not
     logger = tracker(config)
     trainer = pl.Trainer(
         **trainer_options(config),
@@ -229,7 +283,7 @@ def fit(
         limit_train_batches=options.get("batches"),
         gradient_clip_val=options.clip,
         # What judges comes before what keeps and stops by its judgement.
-        callbacks=[*callbacks, keep, TQDMProgressBar(refresh_rate=20)],
+        callbacks=[*callbacks, keep, latest, TQDMProgressBar(refresh_rate=20)],
         logger=logger,
         num_sanity_val_steps=0,
         log_every_n_steps=20,
@@ -269,7 +323,14 @@ def find_checkpoint(config: DictConfig, model: Any, defense: Any = None) -> Path
         MuroanError: there is none, or another one; the message says how to train one.
     """
     if config.checkpoint:
-        return Path(config.checkpoint)
+        checkpoint = Path(config.checkpoint)
+        # A vote over ablations may be one of any model.
+        if defense and "keep" not in defense and not hardened(checkpoint, config):
+            raise MuroanError(
+                f"checkpoint={checkpoint} is of a model that no defense={HydraConfig.get().runtime.choices['defense']} "
+                f"has hardened: attack it without a defense, or leave the checkpoint out"
+            )
+        return checkpoint
     trained = Path(config.folders.harden if defense else config.folders.train) / "best.ckpt"
     if trained.is_file():
         own = identity(config, "harden" if defense else "train")
@@ -278,16 +339,34 @@ def find_checkpoint(config: DictConfig, model: Any, defense: Any = None) -> Path
                 f"{trained} is of another training ({differing}): train this one in another folder, or name the "
                 f"checkpoint with checkpoint=FILE"
             )
+        if not (trained.parent / "summary.json").is_file():
+            command, state = ("harden", "hardened") if defense else ("train", "trained")
+            raise MuroanError(
+                f"{trained} is of a model that is not {state} to the end: the same command goes on with it, "
+                f"`{' '.join([f'muroan {command}', *own_overrides(*trained_without(defense))])}`, or name it with "
+                f"checkpoint=FILE"
+            )
         return trained
     if not defense and model.pretrained:
         return None
-    without = ["attack", "out", "threat_model", "engine", "certification", "sweep"]
-    without += [] if defense else ["defense", "hardening", "attack@defense", "attack@hardening"]
     command, state = ("harden", "hardened") if defense else ("train", "trained")
-    words = [f"muroan {command}", *own_overrides(*without)]
+    words = [f"muroan {command}", *own_overrides(*trained_without(defense))]
     raise MuroanError(
         f"no {state} model in {trained.parent}: run `{' '.join(words)}` first, or name one with checkpoint=FILE"
     )
+
+
+def trained_without(defense: Any) -> list[str]:
+    """The groups of options of an attack that the training of its model does not have."""
+    without = ["attack", "out", "threat_model", "engine", "certification", "sweep"]
+    return without if defense else [*without, "defense", "hardening", "attack@defense", "attack@hardening"]
+
+
+def hardened(checkpoint: Path, config: DictConfig) -> bool:
+    """Whether a checkpoint may be of the chosen defence: what lies beside it does not tell of another training."""
+    file = checkpoint.parent / "summary.json"
+    known = json.loads(file.read_text()).get("identity", {}) if file.is_file() else None
+    return known is None or (known.get("defense") or {}).get("_target_") == config.defense.get("_target_")
 
 
 def attack(config: DictConfig) -> None:
@@ -475,12 +554,23 @@ def finish_certify(config: DictConfig, folder: CertificateFolder) -> None:
         log.info(f"  {told}", name, size["any"], size["elements"], size["percent"])
     attacks = find_runs(map(Path, config.certification.attacked)) if config.certification.attacked else []
     summary["attacks"] = {}
+    deleted = folder.run["identity"]["certification"]["deleted"]
     for run in attacks:
         theirs, ours = run.about["identity"], folder.run["identity"]
         if "certification" not in theirs or any(theirs.get(key) != ours[key] for key in ("weights", "defense")):
             raise MuroanError(
                 f"certification.attacked: {run.folder} attacked another model or vote than was certified; attack it "
                 f"with certification.smoothed=true and the same checkpoint and defense"
+            )
+        # A deletion moves all later sound; a masked word is a changed one.
+        replaced = (theirs.get("threat_model") or {}).get("replacement") or {}
+        beyond = [name for name in deleted if replaced.get(name) not in (None, "delete")]
+        beyond += [name for name, how in replaced.items() if how == "delete" and name not in certificates[0].tokens]
+        if beyond:
+            raise MuroanError(
+                f"certification.attacked: {run.folder} replaces parts of {', '.join(beyond)} in a way that the "
+                f"certificates say nothing about: attack with what they are made for, or certify without "
+                f"certification.deleted"
             )
         found = broken(certificates, run.records)
         everything = float(robust_accuracy(certificates, run.records, [1.0])[0])

@@ -111,7 +111,7 @@ class AdversarialTraining(Defense):
 
     def hunt(self, samples: Sequence[Sample], seed: int) -> dict[str, Found]:
         """What the attack's search returns for each sample, by its id."""
-        training = self.model.training
+        modes = [(module, module.training) for module in self.model.modules()]  # parts may be frozen
         self.model.eval()
         try:
             engine = self._engine()
@@ -122,7 +122,8 @@ class AdversarialTraining(Defense):
                 self.cost.attack_backwards += result.backwards
             return self._found
         finally:
-            self.model.train(training)
+            for module, training in modes:
+                module.training = training
 
     def _engine(self) -> QueryEngine:
         if self.engine is None:
@@ -189,9 +190,16 @@ class AdversarialTraining(Defense):
         seed = stable_seed(self.seed, "offline")
         for file, indices in tqdm(parts, desc=f"offline {self.attack.name}", unit="chunk", disable=rank > 0):
             samples = [s for s in (dataset[i] for i in indices) if isinstance(s, Sample)]
-            if not file.exists():
-                _write(file, self.hunt(samples, seed))
-            found = _read(file)
+            if file.exists():
+                found, passes = _read(file)
+                if self.trainer.ckpt_path is None:  # else the checkpoint's account has them
+                    self.cost.attack_forwards += passes[0]
+                    self.cost.attack_backwards += passes[1]
+            else:
+                before = self.cost.attack_forwards, self.cost.attack_backwards
+                found = self.hunt(samples, seed)
+                passes = self.cost.attack_forwards - before[0], self.cost.attack_backwards - before[1]
+                _write(file, found, passes)
             kept = [sample for sample in samples if sample.id in found]
             harmed += self.applied(kept, [found[sample.id] for sample in kept], seed)
         if not harmed:
@@ -220,11 +228,10 @@ class AdversarialTraining(Defense):
         file = self.folder / "set.json"
         if file.exists():
             known = json.loads(file.read_text())
-            # Once the set is whole, training may have gone on, and its weights are others.
-            if known.pop("weights") != weights and not all(part.exists() for part in own):
-                raise MuroanError(
-                    f"{self.folder} holds an interrupted adversarial set of another model: remove it to make it anew"
-                )
+            # A training that goes on has other weights than it began with, when the set was made and whole.
+            goes_on = self.trainer.ckpt_path is not None and all(part.exists() for part in own)
+            if known.pop("weights") != weights and not goes_on:
+                raise MuroanError(f"{self.folder} holds an adversarial set of another model: remove it to make it anew")
             if known != about:
                 raise MuroanError(
                     f"{self.folder} holds an adversarial set of another configuration "
@@ -240,7 +247,7 @@ class AdversarialTraining(Defense):
 # What was found as plain values and tensors, so that reading a file can run no code.
 
 
-def _write(file: Path, found: Mapping[str, Found]) -> None:
+def _write(file: Path, found: Mapping[str, Found], passes: tuple[int, int]) -> None:
     plain: dict[str, Any] = {}
     for key, f in found.items():
         if isinstance(f, Removal):
@@ -249,18 +256,21 @@ def _write(file: Path, found: Mapping[str, Found]) -> None:
             inputs = {name: x.detach().cpu() for name, x in f.inputs.items()}
             plain[key] = {"inputs": inputs, "words": {name: list(words) for name, words in f.words.items()}}
     temporary = file.with_suffix(".part")
-    torch.save(plain, temporary)
+    torch.save({"found": plain, "passes": passes}, temporary)
     os.replace(temporary, file)
 
 
-def _read(file: Path) -> dict[str, Found]:
+def _read(file: Path) -> tuple[dict[str, Found], tuple[int, int]]:
+    """What was found, and the forward and backward passes that it took."""
     try:
-        plain = torch.load(file, weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        content = torch.load(file, weights_only=True)
+        plain, passes = content["found"], content["passes"]
+    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise MuroanError(
             f"{file} is not a part of an adversarial set ({type(error).__name__}): remove it, and it is made anew"
         ) from None
-    return {
+    found: dict[str, Found] = {
         key: Perturbation(**f) if isinstance(f, dict) else Removal.of(*(Region(*region) for region in f))
         for key, f in plain.items()
     }
+    return found, passes

@@ -78,7 +78,7 @@ class Defense(MultimodalModule):
         **training: Any,
     ):
         super().__init__(model, **training)
-        if not 0 <= ratio <= 1:
+        if isinstance(ratio, str | bool) or not 0 <= ratio <= 1:
             raise MuroanError(f"defense.ratio is the share of a batch that is changed, 0 to 1, got {ratio}")
         self.ratio, self.seed = ratio, seed
         self.threat_model = (threat_model or ThreatModel()).complete(model.modalities)
@@ -119,6 +119,7 @@ class Defense(MultimodalModule):
     # -- the account ----------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
+        super().on_fit_start()
         self._clock = time.monotonic()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:

@@ -182,6 +182,6 @@ def diagonal(share: float, n: Sequence[int]) -> list[int]:
 
 def along_diagonal(n: Sequence[int], certified: Certified) -> list[int] | None:
     """The largest certified r on the diagonal, where the share grows from one next whole element to the next."""
-    shares = sorted({i / count for count in n for i in range(count + 1)}) or [0.0]
+    shares = sorted({i / count for count in n if count for i in range(count + 1)}) or [0.0]
     step = largest(lambda i: diagonal(shares[i], n), len(shares) - 1, certified)
     return None if step is None else diagonal(shares[step], n)

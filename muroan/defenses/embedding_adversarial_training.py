@@ -77,8 +77,9 @@ class EmbeddingAdversarialTraining(Defense):
             logits = model.head(model.fuse(moved))
             harm = F.cross_entropy(logits, labels)
             loss = loss + (harm + self.agreement * divergence(logits, clean)) / self.steps
-            gradients = torch.autograd.grad(harm, list(deltas.values()), retain_graph=True)
-            for (name, delta), gradient in zip(list(deltas.items()), gradients, strict=True):
+            # Of the sum: a sample's share in a mean over the batch may be too small for half precision.
+            found = torch.autograd.grad(harm * len(batch), list(deltas.values()), retain_graph=True)
+            for (name, delta), gradient in zip(list(deltas.items()), (g.float() for g in found), strict=True):
                 radius = self.epsilon * norms(main(features[name]).detach())
                 ahead = delta.detach() + self.step * radius / self.epsilon * gradient / norms(gradient).clamp(min=1e-12)
                 deltas[name] = (ahead * (radius / norms(ahead).clamp(min=1e-12)).clamp(max=1)).requires_grad_()
@@ -102,8 +103,8 @@ class EmbeddingAdversarialTraining(Defense):
                     f"{x.dtype} numbers, which cannot be moved; choose defense=adversarial_training, or name other "
                     f"modalities in defense.modalities"
                 )
-            noise = torch.as_tensor(rng.uniform(-1, 1, x.shape)).to(x)
             radius = self.epsilon * norms(x)
+            noise = torch.as_tensor(rng.uniform(-1, 1, x.shape)).to(radius)
             # As FreeLB: uniform, scaled by the root of the dimension, so that it lies well within the ball.
             deltas[name] = (noise * radius / x[0].numel() ** 0.5).requires_grad_()
         return deltas
@@ -115,11 +116,14 @@ def main(features: Features) -> Tensor:
 
 
 def shifted(features: Features, delta: Tensor) -> Features:
+    """The features (B, ...) moved, in their own type."""
+    delta = delta.to(main(features))
     return (features[0] + delta, *features[1:]) if isinstance(features, tuple) else features + delta
 
 
 def norms(x: Tensor) -> Tensor:
-    """(B, 1, ...) Euclidean norms of the rows (B, ...), shaped to broadcast."""
+    """(B, 1, ...) Euclidean norms of the rows (B, ...), shaped to broadcast; at least in single precision."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     return x.flatten(1).norm(dim=1).reshape(-1, *(1 for _ in x.shape[1:]))
 
 

@@ -86,7 +86,7 @@ class Ablation:
         element: Mapping[str, int] | None = None,
     ):
         self.modalities, self.keep = dict(modalities), dict(keep)
-        self.side = {name: int((element or {}).get(name) or 1) for name in modalities}
+        self.side: dict[str, int] = {name: (element or {}).get(name) or 1 for name in modalities}
         unknown = [name for name in {**keep, **(element or {})} if name not in {*modalities, "image", "text", "audio"}]
         if unknown:
             raise MuroanError(f"defense.keep and defense.element name {unknown}, the model takes {list(modalities)}")
@@ -99,16 +99,18 @@ class Ablation:
             if name not in keep:
                 raise MuroanError(f"defense.keep has no entry for {name!r}: give a share, a number, or null for all")
             share = keep[name]
-            if share is not None and (share <= 0 or (isinstance(share, float) and share > 1)):
+            number = share is None or (isinstance(share, int | float) and not isinstance(share, bool))
+            if not number or (share is not None and (not share > 0 or (isinstance(share, float) and share > 1))):
                 raise MuroanError(
                     f"defense.keep.{name} must be a share above 0 and at most 1.0, a number of elements, or null, "
                     f"got {share}"
                 )
             longest = max(modality.shape[-2:]) if isinstance(modality, Image) else modality.shape[0]
-            if not 1 <= self.side[name] <= longest or (isinstance(modality, Text) and self.side[name] != 1):
+            side = self.side[name]
+            if not isinstance(side, int) or not 1 <= side <= longest or (isinstance(modality, Text) and side != 1):
                 raise MuroanError(
                     f"defense.element.{name} must be {'1' if isinstance(modality, Text) else f'1 to {longest}'}, "
-                    f"got {self.side[name]}"
+                    f"got {side}"
                 )
             if not isinstance(modality, Text):
                 self.check(name, math.prod(self.grid(name)))
@@ -240,9 +242,9 @@ class MMCert(Defense):
         Raises:
             MuroanError: a sample has fewer elements than shall be kept.
         """
-        inputs = {}
+        inputs, given = {}, self.inputs(batch)
         for name in self.model.modalities:
-            x = batch.inputs[name][batch.rows[name]]
+            x = given[name][batch.rows[name]]
             for sample, n in zip(batch.samples, self.ablation.elements(name, x).sum(1).tolist(), strict=True):
                 self.ablation.check(name, n, f" in sample {sample.id!r}")
             seeds = self.ablation.seeds(name, parts, x.device)

@@ -74,8 +74,8 @@ DEFINITIONS = {
     "attacked samples.",
     "one-minimal": "flipped samples in which putting any one removed part back restores the prediction, over those "
     "where that was checked.",
-    "proven": "flipped samples of which the attack asked about every smaller removal of its universe, so that "
-    "none flips; over those of attacks that can tell.",
+    "proven": "flipped samples of which the attack shows that no removal of its universe that is smaller, by its "
+    "objective, flips; over those of attacks that can tell.",
     "interaction": "flipped samples in which the removal flips only jointly: none of its one-modality parts does "
     "alone; over flipped samples.",
     "modality share": "flipped samples whose removal lies in one modality alone, or in several jointly; over flipped "

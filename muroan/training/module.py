@@ -36,6 +36,9 @@ class MultimodalModule(pl.LightningModule):
         self.lr, self.weight_decay, self.warmup = lr, weight_decay, warmup
         self.accuracy = MeanMetric()
 
+    def on_fit_start(self) -> None:
+        self.model.train()  # pretrained models come in evaluation mode, and Lightning leaves modes as they are
+
     def forward(self, batch: Batch) -> Prediction:
         return self.model(self.inputs(batch), batch.rows)
 
