@@ -27,8 +27,8 @@ DONORS = 64  # validation samples that an attack may take parts from
 
 
 def donors(data: MultimodalData) -> list[Sample]:
-    """The first validation samples: they are neither trained on nor attacked."""
-    prepared = data.prepared("val")
+    """The first validation samples, be they within its limit or not: they are neither trained on nor attacked."""
+    prepared = data.prepared("val", limited=False)
     found = (prepared[i] for i in range(min(DONORS, len(prepared))))
     return [sample for sample in found if isinstance(sample, Sample)]
 
@@ -258,7 +258,7 @@ class AttackCallback(RecordingCallback):
             running = self._count(r)
             self._bar.set_postfix_str(f"success {running['attack_success_rate']:.1f} %", refresh=False)
             self._bar.update()
-            if self._sums["samples"] % self._stride == 0:
+            if store and self._sums["samples"] % self._stride == 0:  # known ones were logged when they were new
                 for logger in trainer.loggers:
                     logger.log_metrics({f"running/{k}": v for k, v in running.items()}, step=self._sums["samples"])
 

@@ -261,8 +261,8 @@ class QueryEngine:
             raise MuroanError("the model is in training mode, so that its answers are random: call model.eval() first")
         if precision not in AUTOCAST:
             raise MuroanError(f"precision must be one of {', '.join(AUTOCAST)}, got {precision!r}")
-        if batch_size < 1:
-            raise MuroanError(f"engine.batch_size must be at least 1, got {batch_size}")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise MuroanError(f"engine.batch_size must be at least 1, got {batch_size!r}")
         self.model, self.attack = model, attack
         self.threat_model = (threat_model or ThreatModel()).complete(model.modalities)
         self.batch_size, self.precision, self.seed = batch_size, precision, seed

@@ -503,8 +503,8 @@ class Text(Modality):
         if total > self.max_length and not self.truncate:
             raise MuroanError(
                 f"a text of {len(words)} words is {total} tokens with the special ones, the model takes "
-                f"{self.max_length}: set truncate=true to leave out its end, or raise max_length; "
-                f"it begins {raw[:60]!r}"
+                f"{self.max_length}: set truncate=true to leave out its end, or raise max_length (of the dataset for "
+                f"models from scratch, of the model where it has its own tokenizer); it begins {raw[:60]!r}"
             )
         for piece in pieces:
             if len(ids) + len(piece) > room:

@@ -338,7 +338,8 @@ def _setup(run: Run) -> str:
     samples are known by their ids.
     """
     about, identity = run.about, _identity(run)
-    data = [run.dataset, about["classes"], sorted(about.get("modalities", ()))]
+    listed = (identity.get("dataset") or {}).get("content")
+    data = [run.dataset, listed, about["classes"], sorted(about.get("modalities", ()))]
     return json.dumps([data, run.attack, identity.get("attack"), identity.get("threat_model")], sort_keys=True)
 
 

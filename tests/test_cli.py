@@ -13,7 +13,11 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, SMALL, environment, muroan
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from muroan import cli
+from muroan.cli import quoted
+from muroan.cli.jobs import planned
 from muroan.results import AttackResult, read_records
 
 ATTACK = (*SMALL, "dataset.test_limit=40", "attack=random_removal", "attack.draws=30", "engine.keep_media=3")
@@ -103,6 +107,11 @@ def test_a_checkpoint_of_another_model_is_refused(trained: Path, tmp_path: Path)
         ("attack.draws=0", "attack.draws and attack.max_parts must be at least 1, got 0 and 3"),
         ("dataset.test_limit=0", "dataset.test_limit must be a positive number, got 0"),
         ("threat_model.max_queries=-1", "threat_model.max_queries must be at least 1 or null, got -1"),
+        ("threat_model.max_queries=abc", "threat_model.max_queries must be at least 1 or null, got 'abc'"),
+        ("threat_model.min_side.image=abc", "threat_model.min_side.image must be at least 1, got 'abc'"),
+        ("engine.batch_size=abc", "engine.batch_size must be at least 1, got 'abc'"),
+        ("dataset.num_workers=-1", "dataset.num_workers must be a whole number, 0 or more, got -1"),
+        ("device.precision=bf17", "device.precision must be one of 32-true, "),
         ("device.devices=0", "devices=0"),
     ],
 )
@@ -111,6 +120,73 @@ def test_a_bad_option_is_one_line_and_leaves_no_run_behind(option: str, expected
     assert expected in message
     assert "MuroanError(" not in message
     assert not (tmp_path / "run/run.json").exists()
+
+
+@pytest.mark.parametrize("seed", ["abc", "-1"])
+def test_a_bad_seed_is_one_line(seed: str, trained: Path, tmp_path: Path) -> None:
+    checkpoint = f"checkpoint={trained / 'best.ckpt'}"
+    message = one_line(attack(trained, tmp_path / "run", f"seed={seed}", checkpoint, check=False))
+    assert "seed must be a whole number, 0 or more" in message
+
+
+def test_a_folder_without_brackets_is_a_folder(tmp_path: Path) -> None:
+    message = one_line(muroan("report", "runs=outputs/attack", cwd=tmp_path, check=False))
+    assert "muroan report: outputs/attack is not a folder: name a folder that `muroan attack` wrote" in message
+
+
+def test_a_run_that_was_cut_off_while_it_summed_up_is_summed_up(trained: Path, tmp_path: Path) -> None:
+    attack(trained, tmp_path / "run", "tracker=none")
+    summary, records = tmp_path / "run/summary.json", tmp_path / "run/records.jsonl"
+    before, made = summary.read_text(), records.stat().st_mtime_ns
+    summary.unlink()
+    again = attack(trained, tmp_path / "run", "tracker=none")
+    assert "already finished" in again.stdout
+    assert summary.read_text() == before
+    assert records.stat().st_mtime_ns == made
+
+
+MANIFEST = ("dataset=manifest", "dataset.classes=[a,b]", "dataset.text=text")
+
+
+def manifest(folder: Path, labels: str, extra: str = "") -> str:
+    """A dataset of the user's own; the same layout with other labels is another one."""
+    folder.mkdir()
+    for split in ("train", "val", "test"):
+        rows = [{"text": f"a word {i}", "label": label} for i, label in enumerate(labels)]
+        rows += [{"text": extra, "label": "a"}] if extra and split == "test" else []
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"dataset.root={folder}"
+
+
+@pytest.mark.parametrize("command", ["train", "attack"])
+def test_another_dataset_under_the_same_name_is_another_job(command: str, tmp_path: Path) -> None:
+    one, same, other = (
+        manifest(tmp_path / name, labels) for name, labels in [("1", "abab"), ("2", "abab"), ("3", "baba")]
+    )
+    planned_jobs = planned(command, [[*MANIFEST, root] for root in (one, same, other)], [0])
+    (first,), (moved,), (changed,) = planned_jobs
+    assert first == moved, "where it lies does not matter"
+    assert first[0] != changed[0]
+    assert first[1] != changed[1]
+
+
+def test_a_text_that_would_end_a_training_late_is_found_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    root = manifest(tmp_path / "data", "abab", extra="a text with many more words than any")
+    monkeypatch.chdir(tmp_path)
+    words = ["train", *MANIFEST, root, "device=cpu", "tracker=none", "training.epochs=1", "model=late_fusion"]
+    monkeypatch.setattr(sys, "argv", ["muroan", *words])
+    with pytest.raises(SystemExit, match=r"sample 'test-4' of test, text: a text of 8 words is .* set truncate=true"):
+        cli.main()
+    assert "Epoch" not in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize("value", ["runs (v2)/a", "é[x],{y}", 'a "b" \\ c', "k=v#1 'q'", "ends in \\"])
+def test_a_folder_is_passed_on_as_it_is(value: str) -> None:
+    """To the further processes of a job, by way of Hydra's parser."""
+    assert OverridesParser.create().parse_override(f"out={quoted(value)}").value() == value
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

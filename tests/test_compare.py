@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import muroan
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy.stats import binomtest, wilcoxon
@@ -303,6 +303,7 @@ class TestPairs:
         assert [pair.success_holm, pair.area_holm] == [0.25, 0.25]
 
     @given(st.integers(0, 400), st.integers(0, 400), st.integers(0, 50))
+    @settings(deadline=None)
     def test_differences_of_one_size_are_mcnemar(self, only_first, only_second, neither):
         differences = np.array([100.0] * only_first + [-100.0] * only_second + [0.0] * neither)
         n = only_first + only_second
@@ -318,6 +319,15 @@ class TestPairs:
         least = np.mean([flip >= abs(units.sum()) + slack for flip in flips])
         most = np.mean([flip >= abs(units.sum()) - slack for flip in flips])
         assert least - 1e-9 <= sign_flip(units.astype(float)) <= most + 1e-9
+
+    def test_more_differences_than_can_be_counted(self):
+        """Of one size they are still exact; of several, as near as the normal distribution, which is checked below."""
+        one = np.repeat([100.0, -100.0], [10_200, 10_000])
+        assert sign_flip(one) == pytest.approx(binomtest(10_200, 20_200).pvalue)
+        several = np.random.default_rng(0).normal(0.02, 1, 10_000)
+        counted, beyond = sign_flip(several), sign_flip(np.concatenate([several, [1e-9]]))
+        assert 0.001 < counted < 0.5
+        assert beyond == pytest.approx(counted, rel=0.05)
 
     def test_many_sign_flips(self):
         many = np.random.default_rng(1).normal(0.1, 1, 400)

@@ -7,6 +7,7 @@ import csv
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 from scipy.io import wavfile
 
+from muroan.callbacks import donors
 from muroan.data.base import GroupShuffle, MultimodalData, groups, scratch_text, shard
 from muroan.data.digit_sum import RECORDING, DigitSum
 from muroan.data.easy_vqa import EasyVQA
@@ -316,6 +318,12 @@ def test_sounds_of_every_kind_come_out_equal(tmp_path, rate, wave):
 
 
 def test_a_sixteen_bit_picture_is_scaled_and_not_clipped(tmp_path):
+    for ramp, name in (((0, 32768, 65535), "wide.tif"), ((0.0, 0.5, 1.0), "share.tif")):
+        kind = np.int32 if name == "wide.tif" else np.float32
+        PILImage.fromarray(np.array([ramp], kind)).save(tmp_path / name)
+        assert np.asarray(read_image(tmp_path / name)).tolist() == [[0, 128, 255]]
+    PILImage.fromarray(np.array([[0, 1 << 20]], np.int32)).save(tmp_path / "beyond.tif")
+    assert "greys from 0 to 1.04858e+06, expected 0 to 65535" in message(lambda: read_image(tmp_path / "beyond.tif"))
     PILImage.fromarray(np.array([[0, 32768, 65535]], np.uint16)).save(tmp_path / "deep.png")
     assert np.asarray(read_image(tmp_path / "deep.png")).tolist() == [[0, 128, 255]]
 
@@ -638,10 +646,36 @@ def test_missing_manifests(memes):
         ({"image": None, "text": None}, "a manifest needs the column of a modality"),
         ({"classes": ["one"]}, "dataset.classes must name two or more different classes, got ['one']"),
         ({"classes": ["a", "b", "a"]}, "dataset.classes must name two or more different classes"),
+        ({"classes": [False, True]}, "dataset.classes is a list of names, got [False, True]; in YAML, quote yes, no"),
+        ({"classes": "no"}, "dataset.classes is a list of names, got 'no'"),
+        ({"num_workers": -1}, "dataset.num_workers must be a whole number, 0 or more, got -1"),
+        ({"batch_size": "8"}, "dataset.batch_size must be a positive number, got '8'"),
     ],
 )
 def test_bad_manifest_options_are_named(memes, options, expected):
     assert expected in message(lambda: hateful(memes, **options))
+
+
+def test_a_number_is_a_square_and_a_grey(memes):
+    image = hateful(memes, image_size=32, image_mean=0.5, image_std=0.5).modalities()["image"]
+    assert image.shape == (1, 32, 32)
+
+
+def test_one_modality_may_be_named_without_a_list(memes):
+    assert list(hateful(memes, use="image").modalities()) == ["image"]
+
+
+def test_donors_do_not_depend_on_a_limit(memes):
+    """Which samples an attack may take parts from would else depend on an option that decides nothing else."""
+    found = [[sample.id for sample in donors(hateful(memes, val_limit=limit))] for limit in (None, 2)]
+    assert found == [["10", "11", "12", "13"]] * 2
+
+
+def test_fewer_groups_than_processes_is_told(memes):
+    data = hateful(memes)
+    data.trainer = SimpleNamespace(global_rank=1, world_size=64)
+    assert message(data.test_dataloader).startswith("the test split of manifest has 4 groups")
+    assert "fewer than the 64 processes" in message(data.val_dataloader)
 
 
 def test_labels_are_names_or_places(memes):

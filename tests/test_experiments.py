@@ -57,6 +57,16 @@ def both(path: Path, attack: str = "a") -> Entry:
     return Entry("d · m", attack, cells)
 
 
+def test_a_cell_that_is_run_again_is_read_again(tmp_path):
+    """A table reads what there is before it runs, and then what came of it."""
+    before = write_cell(tmp_path, FIRST)
+    assert before.run is not None
+    RunFolder(before.folder).clear()
+    after = write_cell(tmp_path, SECOND[:2])
+    assert after.run is not None
+    assert (len(before.run.records), len(after.run.records)) == (4, 2)
+
+
 def absent(path: Path, attack: str, seed: int) -> Cell:
     return read_cell("d", "m", attack, seed, path / "nothing", {})
 

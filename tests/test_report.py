@@ -1,5 +1,7 @@
 """The report: synthetic runs of two attacks on two models, with real pictures, and what the page says of them."""
 
+import base64
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -13,10 +15,11 @@ from PIL import Image as PILImage
 from muroan.errors import MuroanError
 from muroan.metrics import summarise
 from muroan.modalities import Audio, Image, Region, Removal, Text, WordTokenizer, removed_elements
-from muroan.report import build
+from muroan.report import build, plots
 from muroan.report.examples import choose, draw, draw_all
 from muroan.report.runs import compare
 from muroan.report.tables import figure
+from muroan.report.tracked import _cells
 from muroan.results import AttackResult, Count, RunFolder, read_records
 from muroan.runs import find_runs
 
@@ -300,6 +303,31 @@ class TestFiles:
         with PILImage.open(report / "curve.png") as picture:
             assert picture.width > 1000
 
+    @pytest.mark.filterwarnings("error")
+    @pytest.mark.parametrize("width", [7.2, 4.4])
+    def test_a_long_legend_leaves_the_axes_their_height(self, tmp_path, width, monkeypatch):
+        """A sweep of the README's size, twice over."""
+        for seed in range(36):
+            write_run(tmp_path / str(seed), f"attack_{seed}", "m", "d", attack_records("x", pictured(0, 7), seed))
+        heights = []
+        png = plots._png
+        monkeypatch.setattr(plots, "_png", lambda picture: (png(picture), heights.append(tall(picture)))[0])
+
+        def tall(picture) -> float:
+            return picture.axes[0].get_window_extent().height / picture.dpi
+
+        for runs in (find_runs([tmp_path / "0"]), find_runs([tmp_path])):
+            plots.curve(runs, width=width)
+        alone, many = heights
+        assert many > 0.8 * alone
+
+    def test_half_an_emoji_costs_no_report(self, tmp_path, no_curves):
+        """JSON can spell it, UTF-8 cannot."""
+        (record,) = attack_records("x", pictured(0, 1), 0, clean=1.0)
+        record.media["text"]["words"][0] = "\ud83d"
+        write_run(tmp_path / "run", "x", "m", "d", [record])
+        assert "?" in build([tmp_path / "run"], tmp_path / "out").read_text(encoding="utf-8")
+
 
 class TestRuns:
     def test_unfinished_run_is_taken_and_noted(self, tmp_path, no_curves):
@@ -431,6 +459,19 @@ class TestExamples:
         removed = AttackResult("a", 0, "x", 0, 0, 1, "flipped", [("text", (2,), (3,))], media=self.changed().media)
         (drawing,) = dict(draw_all(removed))["text"]
         assert drawing.words == [("is", ""), ("it", ""), ("<b>", "del")]
+
+    def test_the_tracker_shows_both_too(self):
+        record = self.changed()
+        light = PILImage.new("RGB", (64, 64), "white")
+        buffer = io.BytesIO()
+        light.save(buffer, "png")
+        record.perturbed_media["image"] = {**record.media["image"], "png": base64.b64encode(buffer.getvalue()).decode()}
+        image, audio, text = _cells(record, ["image", "audio", "text"])
+        assert text == "is {not} it [<b>] {<i>}"
+        assert audio.endswith("changed: its values")
+        assert image.image.width == 2 * image.image.height + 8, "beside each other"
+        removed = AttackResult("a", 0, "x", 0, 0, 1, "flipped", [("text", (2,), (3,))], media=self.changed().media)
+        assert _cells(removed, ["audio", "text"])[1] == "is it [<b>]"
 
     def test_page_with_a_perturbation(self, tmp_path, no_curves):
         write_run(tmp_path / "run", "louder", "m", "d", [self.changed()])

@@ -110,7 +110,7 @@ def run_job(function: Callable[[DictConfig], None], command: str, config: DictCo
     """
     argv, environment = sys.argv, dict(os.environ)
     # Lightning starts its further processes as our main module with our arguments: give it those of this one job.
-    sys.argv = [argv[0], command, *own_overrides("out"), f"out={config.out}"]
+    sys.argv = [argv[0], command, *own_overrides("out"), f"out={quoted(config.out)}"]
     sys.modules["__main__"].__spec__ = __spec__
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # where a user's own model, dataset or attack lies
@@ -139,6 +139,13 @@ def run_job(function: Callable[[DictConfig], None], command: str, config: DictCo
         for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "WANDB_DATA_DIR"):
             if name not in environment:
                 os.environ.pop(name, None)
+
+
+def quoted(value: str) -> str:
+    """A value that Hydra's parser takes for this text, whatever is in it."""
+    escaped = re.sub(r'(\\*)"', r'\1\1\\"', str(value))  # backslashes count before a quotation mark alone
+    escaped += re.search(r"\\*$", escaped)[0]  # type: ignore[index]
+    return f'"{escaped}"'
 
 
 def launcher_problem(error: Exception) -> str | None:

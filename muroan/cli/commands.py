@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("muroan")
 
+PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "32", "64", "bf16", "16")
+
 
 def versions() -> dict[str, str]:
     packages = ("muroan", "torch", "pytorch-lightning", "transformers", "torchmetrics", "hydra-core", "numpy")
@@ -38,11 +40,18 @@ def build(config: DictConfig) -> tuple[Any, Any]:
     """Dataset and model, prepared for each other."""
     import pytorch_lightning as pl
 
+    if not isinstance(config.seed, int) or config.seed < 0:
+        raise MuroanError(f"seed must be a whole number, 0 or more, got {config.seed!r}")
     data = instantiate(config.dataset)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     model = instantiate(config.model)(modalities=data.modalities(), num_classes=len(data.classes))
     data.prepare_for(model.modalities)
     return data, model
+
+
+def folders(chosen: Any) -> list[Path]:
+    """The folders that an option names: a list of them, or one."""
+    return [Path(chosen)] if isinstance(chosen, str) else [Path(folder) for folder in chosen]
 
 
 def tracker(config: DictConfig) -> Any:
@@ -86,6 +95,8 @@ def close_trackers(failed: bool = False) -> None:
 
 
 def trainer_options(config: DictConfig) -> dict[str, Any]:
+    if str(config.device.precision) not in PRECISIONS:
+        raise MuroanError(f"device.precision must be one of {', '.join(PRECISIONS)}, got {config.device.precision!r}")
     # The dataset shards itself: Lightning's sampler would repeat samples to make the shards equal.
     return {
         **plain(config.device),
@@ -381,7 +392,7 @@ def attack(config: DictConfig) -> None:
     data, model = build(config)
     checkpoint = load_trained(config, model)
     run = {
-        **about(config, "attack", model, checkpoint),
+        **about(config, "attack", data, model, checkpoint),
         "attack": HydraConfig.get().runtime.choices["attack"],
         "smoothed": bool(config.certification.smoothed),
         "training": training_summary(checkpoint),
@@ -396,6 +407,10 @@ def attack(config: DictConfig) -> None:
         folder.clear()
     if folder.finished and folder.matches(run):
         log.info("already finished: %s (rerun=true runs it again)", folder.path)
+        if not (folder.path / "summary.json").exists():  # the run was cut off while it summed up
+            logger = tracker(config)
+            begin_tracking(logger, config)
+            finish_attack(folder, folder.records(), data.classes, logger)
         return
     if isinstance(config.attack.get("target"), str):
         config.attack.target = class_index(config.attack.target, data.classes)
@@ -426,7 +441,7 @@ def load_trained(config: DictConfig, model: Any) -> Path | None:
     return checkpoint
 
 
-def about(config: DictConfig, command: str, model: Any, checkpoint: Path | None) -> dict[str, Any]:
+def about(config: DictConfig, command: str, data: Any, model: Any, checkpoint: Path | None) -> dict[str, Any]:
     """What `run.json` of attacks and certificates tells."""
     from muroan.training.module import weights_hash
 
@@ -434,7 +449,7 @@ def about(config: DictConfig, command: str, model: Any, checkpoint: Path | None)
     return {
         "identity": {**identity(config, command), "weights": weights},
         "model": chosen["model"],
-        "dataset": chosen["dataset"],
+        "dataset": data.name,
         "defense": chosen["defense"] if config.defense else None,
         "seed": config.seed,
         "checkpoint": {"path": None if checkpoint is None else str(checkpoint), "sha256": weights},
@@ -483,8 +498,8 @@ def finish_attack(folder: RunFolder, records: Sequence[AttackResult], classes: S
     from muroan.results import write_json
 
     summary = summarise(records, judged=folder.run.get("judged"))
-    write_json(folder.path / "summary.json", summary)
     log_attack(logger, folder, records, classes, summary)
+    write_json(folder.path / "summary.json", summary)  # last: it says that all is done
     log.info("%s", headline(summary, len(records)))
     log.info("records: %s", folder.records_file)
 
@@ -515,7 +530,7 @@ def certify(config: DictConfig) -> None:
     folder = CertificateFolder(config.out)
     data, model = build(config)
     ablation = Ablation(model.modalities, **ablation_options(config))
-    run = about(config, "certify", model, load_trained(config, model))
+    run = about(config, "certify", data, model, load_trained(config, model))
     if config.rerun:
         folder.clear()
     if folder.finished and folder.matches(run):
@@ -552,7 +567,7 @@ def finish_certify(config: DictConfig, folder: CertificateFolder) -> None:
     for name, size in summary["alone"].items():
         told = "to one element of %s alone: %.1f %%; median size of right samples: %g elements, %.3f %%"
         log.info(f"  {told}", name, size["any"], size["elements"], size["percent"])
-    attacks = find_runs(map(Path, config.certification.attacked)) if config.certification.attacked else []
+    attacks = find_runs(folders(config.certification.attacked)) if config.certification.attacked else []
     summary["attacks"] = {}
     deleted = folder.run["identity"]["certification"]["deleted"]
     for run in attacks:
@@ -585,7 +600,7 @@ def report(config: DictConfig) -> None:
     """Build the report of finished runs from their records alone."""
     from muroan.report import build as build_report
 
-    page = build_report([Path(run) for run in config.runs], Path(config.out))
+    page = build_report(folders(config.runs), Path(config.out))
     log.info("report: %s", page)
 
 
@@ -593,7 +608,7 @@ def compare(config: DictConfig) -> None:
     """Put finished runs side by side, from their records alone, and show the tables."""
     from muroan.report.compare import write
 
-    page = write([Path(run) for run in config.runs], Path(config.out))
+    page = write(folders(config.runs), Path(config.out))
     log.info("%s", page.read_text(encoding="utf-8"))
     log.info("comparison: %s", page)
 
@@ -602,7 +617,7 @@ def defenses(config: DictConfig) -> None:
     """Put defences beside each other and beside the undefended models, from the records of attacks on all of them."""
     from muroan.report.defenses import write
 
-    page = write([Path(run) for run in config.runs], Path(config.out))
+    page = write(folders(config.runs), Path(config.out))
     log.info("%s", page.read_text(encoding="utf-8"))
     log.info("defences: %s", page)
 
@@ -626,7 +641,7 @@ def transfer(config: DictConfig) -> None:
         enable_checkpointing=False,
     )
     matrices, notes = measure(
-        [Path(run) for run in config.runs],
+        folders(config.runs),
         lambda about: build(DictConfig(about["config"])),
         config.engine.batch_size,
         trainer.strategy.root_device,

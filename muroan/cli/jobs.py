@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -65,6 +66,8 @@ def identity(config: DictConfig, command: str, resolve: bool = True) -> dict[str
     judging = command in ("attack", "certify")
     split = ("train_limit", "val_limit") if judging else ("test_limit", "visible")
     chosen["dataset"] = {k: v for k, v in chosen["dataset"].items() if k not in (*LOADING, *split)}
+    if listed := content(config.dataset, ("val", "test") if judging else ("train", "val")):
+        chosen["dataset"]["content"] = listed
     if command == "harden":
         chosen["start"] = config.checkpoint
         chosen["defense"] = {k: v for k, v in (chosen["defense"] or {}).items() if k != "folder"}
@@ -79,6 +82,16 @@ def identity(config: DictConfig, command: str, resolve: bool = True) -> dict[str
         chosen["defense"] = plain(config.get("defense"), resolve)
         chosen["certification"] = {key: plain(config.certification[key], resolve) for key in options}
     return chosen
+
+
+def content(dataset: DictConfig, splits: Sequence[str]) -> dict[str, str]:
+    """Hashes of the files that list the samples of a dataset of the user's own: under one name they may be others."""
+    found = {}
+    for split in splits:
+        file = Path(str(dataset.get("root"))) / str(dataset.get(split))
+        if dataset.get("root") and dataset.get(split) and file.is_file():
+            found[split] = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+    return found
 
 
 def cell(command: str, *, _root_: DictConfig) -> str:

@@ -63,7 +63,7 @@ class MultimodalData(pl.LightningDataModule, ABC):
         super().__init__()
         self.batch_size, self.test_batch_size = batch_size, test_batch_size or batch_size
         self.limits = {"train": train_limit, "val": val_limit, "test": test_limit}
-        self.use = None if use is None else list(use)
+        self.use = [use] if isinstance(use, str) else None if use is None else list(use)
         self.skip_bad, self.num_workers, self.seed = skip_bad, num_workers, seed
         self._examples: dict[str, list[Example]] = {}
         self._natural: dict[str, Modality] | None = None
@@ -71,8 +71,11 @@ class MultimodalData(pl.LightningDataModule, ABC):
         sizes = {"batch_size": batch_size, "test_batch_size": test_batch_size}
         sizes |= {f"{split}_limit": limit for split, limit in self.limits.items()}
         for option, value in sizes.items():
-            if value is not None and value < 1:
-                raise MuroanError(f"dataset.{option} must be a positive number, got {value}")
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise MuroanError(f"dataset.{option} must be a positive number, got {value!r}")
+        for option, value in (("num_workers", num_workers), ("seed", seed)):
+            if not isinstance(value, int) or value < 0:
+                raise MuroanError(f"dataset.{option} must be a whole number, 0 or more, got {value!r}")
 
     # What a subclass defines
 
@@ -167,10 +170,11 @@ class MultimodalData(pl.LightningDataModule, ABC):
             self._examples[split] = examples
         return self._examples[split]
 
-    def prepared(self, split: str) -> PreparedDataset:
-        """The samples of a split as the model takes them, never augmented."""
+    def prepared(self, split: str, limited: bool = True) -> PreparedDataset:
+        """The samples of a split as the model takes them, never augmented; those within its limit, or all."""
         modalities = self._modalities or self.modalities()
-        return PreparedDataset(self.examples(split), modalities, len(self.classes), skip_bad=self.skip_bad)
+        examples = self.examples(split) if limited or self.limits[split] is None else self.load(split)
+        return PreparedDataset(examples, modalities, len(self.classes), skip_bad=self.skip_bad)
 
     def train_dataloader(self) -> DataLoader:
         dataset = self.prepared("train")
@@ -186,8 +190,13 @@ class MultimodalData(pl.LightningDataModule, ABC):
         return self._in_order("test")
 
     def _in_order(self, split: str) -> DataLoader:
-        dataset = self.prepared(split)
-        return self._loader(dataset, self.test_batch_size, shard(dataset.examples, *self._process()))
+        dataset, (rank, processes) = self.prepared(split), self._process()
+        if len(groups(dataset.examples)) < processes:
+            raise MuroanError(
+                f"the {split} split of {self.name} has {len(groups(dataset.examples))} groups of samples that belong "
+                f"together, fewer than the {processes} processes that share them: take fewer devices or more samples"
+            )
+        return self._loader(dataset, self.test_batch_size, shard(dataset.examples, rank, processes))
 
     def _process(self) -> tuple[int, int]:
         """Rank of this process and number of processes."""

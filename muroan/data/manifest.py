@@ -35,9 +35,9 @@ class Manifest(MultimodalData):
         id: str | None = None,
         name: str = "manifest",
         obtain: str = "",
-        image_size: Sequence[int] = (224, 224),
-        image_mean: Sequence[float] = (0.5, 0.5, 0.5),
-        image_std: Sequence[float] = (0.5, 0.5, 0.5),
+        image_size: int | Sequence[int] = (224, 224),
+        image_mean: float | Sequence[float] = (0.5, 0.5, 0.5),
+        image_std: float | Sequence[float] = (0.5, 0.5, 0.5),
         audio_length: int = 16000,
         audio_rate: int = 16000,
         max_length: int | None = None,
@@ -54,8 +54,8 @@ class Manifest(MultimodalData):
             id: column of the ids, unique in a split; None numbers the rows: "test-0".
             name: of the dataset, for tables.
             obtain: where to get the data, for the message when it is missing.
-            image_size, image_mean, image_std: (height, width) in pixels and the normalisation of models trained from
-                scratch; a single mean and std make it greyscale.
+            image_size, image_mean, image_std: (height, width) in pixels, or the side of a square, and the normalisation
+                of models trained from scratch; a single mean and std make it greyscale.
             audio_length, audio_rate: samples, and samples a second, of models trained from scratch.
             max_length: tokens of models trained from scratch; None takes the longest training text.
             truncate: leave out the last words of longer texts instead of refusing them.
@@ -67,12 +67,18 @@ class Manifest(MultimodalData):
         """
         super().__init__(**options)
         self.name, self.root, self.obtain = name, Path(root), obtain
+        if isinstance(classes, str) or any(isinstance(c, bool) for c in classes):
+            raise MuroanError(
+                f"dataset.classes is a list of names, got {classes!r}; in YAML, quote yes, no, on, off, true and false"
+            )
         self.classes = [str(c) for c in classes]
         self.manifests = {"train": train, "val": val, "test": test}
         columns = {"image": image, "audio": audio, "text": text}
         self.columns = {modality: column for modality, column in columns.items() if column is not None}
         self.label, self.id = label, id
-        self.image_size, self.image_mean, self.image_std = image_size, image_mean, image_std
+        self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        self.image_mean = [image_mean] if isinstance(image_mean, int | float) else list(image_mean)
+        self.image_std = [image_std] if isinstance(image_std, int | float) else list(image_std)
         self.audio_length, self.audio_rate = audio_length, audio_rate
         self.max_length, self.truncate = max_length, truncate
         # A label is a name where classes are numerals (["1", "2", "3"]), and never the place of another.

@@ -63,7 +63,7 @@ class EmbeddingAdversarialTraining(Defense):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         if len(batch) == 0:
-            return None
+            return self.no_loss()
         model, labels, inputs = self.model, batch.labels, self.inputs(batch)
         features = {
             name: map_features(lambda t, r=batch.rows[name]: t[r], model.encode(name, inputs[name]))

@@ -229,7 +229,7 @@ class MMCert(Defense):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         if len(batch) == 0:
-            return None  # every sample of the batch was unreadable
+            return self.no_loss()
         # Anew in every epoch, and the same for a run that was resumed or shared out.
         parts = [f"{self.seed} {self.current_epoch} {sample.id}" for sample in batch.samples]
         loss = F.cross_entropy(self.model(self.ablated(batch, parts)).logits, batch.labels)

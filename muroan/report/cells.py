@@ -79,11 +79,11 @@ def read_cell(dataset: str, model: str, attack: str, seed: int, folder: Path, id
         return replace(cell, lacks="of another configuration")
     if not RunFolder(folder).finished:
         return replace(cell, lacks="unfinished")
-    return replace(cell, run=_run(folder))
+    return replace(cell, run=_run(folder, RunFolder(folder).records_file.stat().st_mtime_ns))
 
 
 @cache  # tables have cells in common with themselves: the default of every option
-def _run(folder: Path) -> Run:
+def _run(folder: Path, written: int) -> Run:
     (run,) = find_runs([folder])
     return run
 

@@ -48,7 +48,7 @@ def build(folders: Sequence[Path], out: Path) -> Path:
     curve = plots.curve(runs)
     (out / "curve.png").write_bytes(curve)
     page = out / "report.html"
-    page.write_text(render(runs, comparisons, curve), encoding="utf-8")
+    page.write_text(render(runs, comparisons, curve), encoding="utf-8", errors="replace")  # of half an emoji
     return page
 
 

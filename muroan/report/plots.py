@@ -98,6 +98,9 @@ def curve(runs: Sequence[Run], dark: bool = False, width: float = 7.2, height: f
     """
     paper, ink, muted = (pair[dark] for pair in (PAPER, INK, MUTED))
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
+    ncols = 1 if width < 5 or max(len(run.label) for run in runs) > 44 else 2
+    lines = -(-len(runs) // ncols)
+    height += 0.21 * max(0, lines - 3)  # the axes keep theirs, however long the legend
     picture = Figure(figsize=(width, height), dpi=200, facecolor=paper, layout=layout)
     FigureCanvasAgg(picture)
     axes = picture.add_subplot(facecolor=paper)
@@ -133,7 +136,7 @@ def curve(runs: Sequence[Run], dark: bool = False, width: float = 7.2, height: f
     if axes.get_legend_handles_labels()[1]:
         legend = picture.legend(
             loc="outside upper left",
-            ncols=1 if width < 5 or max(len(run.label) for run in runs) > 44 else 2,
+            ncols=ncols,
             frameon=False,
             labelcolor=ink,
             fontsize=10,

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from muroan.report.examples import Picture, Wave, Words, draw
+from muroan.report.examples import Drawing, Picture, Wave, Words, draw_all
 from muroan.results import AttackResult, RunFolder
 
 log = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ def examples_table(records: Sequence[AttackResult], classes: Sequence[str]) -> w
     rows = [
         [
             r.id,
-            *(_cell(r, name) for name in modalities),
+            *_cells(r, modalities),
             *(classes[label] for label in (r.label, r.clean_label, r.adversarial_label)),
             r.status,
             r.decoupled_fraction,
@@ -124,15 +124,34 @@ def examples_table(records: Sequence[AttackResult], classes: Sequence[str]) -> w
     return wandb.Table(columns=columns, data=rows)
 
 
-def _cell(result: AttackResult, modality: str) -> Any:
-    drawing = draw(result, modality)
-    if isinstance(drawing, Picture):
-        return wandb.Image(marked_picture(drawing))
-    if isinstance(drawing, Words):
-        return " ".join(f"[{word}]" if removed else word for word, removed in drawing.words)
-    if isinstance(drawing, Wave):
-        return f"{drawing.seconds:.2f} s; removed: {', '.join(drawing.times) or 'nothing'}"
-    return "; ".join(drawing.regions) or "nothing removed"
+def _cells(result: AttackResult, modalities: Sequence[str]) -> list[Any]:
+    """What the attack did to each input: words [left out] or {put in}; a changed picture beside what it was."""
+    drawn = dict(draw_all(result))
+    return [_cell(result, drawn[name]) if name in drawn else "" for name in modalities]
+
+
+def _cell(result: AttackResult, drawings: Sequence[Drawing]) -> Any:
+    pictures = [marked_picture(drawing) for drawing in drawings if isinstance(drawing, Picture)]
+    if pictures:
+        return wandb.Image(side_by_side(pictures))
+    told, first = "removed" if result.kind == "removal" else "changed", drawings[0]
+    if isinstance(first, Words):
+        return " ".join({"del": f"[{word}]", "ins": f"{{{word}}}"}.get(mark, word) for word, mark in first.words)
+    if isinstance(first, Wave):
+        what = ", ".join(first.times) or ("nothing" if len(drawings) == 1 else "its values")
+        return f"{first.seconds:.2f} s; {told}: {what}"
+    return "; ".join(getattr(first, "regions", ())) or f"nothing {told}"
+
+
+def side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of one height in a row."""
+    gap = 8
+    row = Image.new("RGB", (sum(p.width + gap for p in pictures) - gap, pictures[0].height), "white")
+    left = 0
+    for picture in pictures:
+        row.paste(picture, (left, 0))
+        left += picture.width + gap
+    return row
 
 
 def marked_picture(picture: Picture) -> Image.Image:

@@ -49,10 +49,16 @@ class MultimodalModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         if len(batch) == 0:
-            return None  # every sample of the batch was unreadable
+            return self.no_loss()
         loss = F.cross_entropy(self(batch).logits, batch.labels)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         return loss
+
+    def no_loss(self) -> Tensor | None:
+        """The loss of a batch of which no sample could be read; other processes wait for its gradients."""
+        if self.trainer.world_size == 1:
+            return None
+        return 0.0 * torch.stack([p.sum() for p in self.model.parameters() if p.requires_grad]).sum()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._judge(batch, "val")
