@@ -183,3 +183,13 @@ def test_an_attack_looks_where_hardening_wrote() -> None:
     plain = job("model=concat", "seed=2").out
     assert job(*shared).out != plain
     assert job("model=concat", "seed=2", "hardening.lr=1e-4").out == plain, "an undefended model has no hardening"
+
+
+@pytest.mark.parametrize(
+    ("device", "apple", "chosen"), [("auto", True, "cpu"), ("auto", False, "auto"), ("gpu", True, "gpu")]
+)
+def test_auto_leaves_gpus_without_float64_alone(
+    device: str, apple: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: apple)
+    assert commands.trainer_options(job(f"device={device}", "out=x"))["accelerator"] == chosen

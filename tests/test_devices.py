@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers.logger import Logger
 
 import muroan
 from muroan.attacks.decoupling_reference import DecouplingReference
@@ -22,6 +25,7 @@ from muroan.models.encoders import AudioConv, ConvTokens, WordEmbedding
 from muroan.models.fusion.mmbt import MMBTFusion
 from muroan.models.fusion_model import FusionModel
 from muroan.models.heads import LinearHead
+from muroan.results import RunFolder
 from muroan.training.module import MultimodalModule
 
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -101,6 +105,68 @@ class Noise(MultimodalData):
             for _ in range(24)
         ]
         return [Example(f"{split}{i}", inputs, i % 5) for i, inputs in enumerate(raw)]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_sample_of_a_batch_could_be_read_and_other_processes_wait(target) -> None:
+    """Alone it is passed over; of several, Lightning wants gradients, which then are 0."""
+    module = MultimodalModule(target[0])
+    for processes, expected in ((1, False), (2, True)):
+        module.trainer = SimpleNamespace(world_size=processes)
+        loss = module.training_step(Batch([], {}, {}, torch.zeros(0, dtype=torch.long), []), 0)
+        assert (loss is not None) == expected
+    loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in module.model.parameters())
+    module.zero_grad()
+
+
+KINDS = (ConvTokens, WordEmbedding, AudioConv)
+
+
+class Steps(Logger):
+    """Remembers at which steps running figures were logged."""
+
+    name, version = "steps", "0"
+
+    def __init__(self):
+        super().__init__()
+        self.steps: list[int] = []
+
+    def log_hyperparams(self, *arguments, **options) -> None:
+        pass
+
+    def log_metrics(self, metrics, step=None) -> None:
+        self.steps += [step] if any(name.startswith("running/") for name in metrics) else []
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_that_goes_on_logs_no_figure_twice(tmp_path, monkeypatch) -> None:
+    torch.manual_seed(0)
+    data = Noise(batch_size=8, test_batch_size=8)
+    encoders = {name: partial(kind, width=16) for name, kind in zip(data.modalities(), KINDS, strict=True)}
+    fusion = partial(MMBTFusion, width=16, layers=1, heads=2)
+    module = MultimodalModule(FusionModel(data.modalities(), 5, encoders, fusion, LinearHead))
+    append, logged = RunFolder.append, []
+
+    def interrupted(self, record) -> None:
+        if len(self.records()) == 10:
+            raise KeyboardInterrupt
+        append(self, record)
+
+    for stop in (interrupted, append):
+        monkeypatch.setattr(RunFolder, "append", stop)
+        callback, logger = AttackCallback(RandomRemoval(5), tmp_path, {"identity": {}}, progress=False), Steps()
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            callbacks=[callback],
+            logger=logger,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        with suppress(KeyboardInterrupt, SystemExit):
+            trainer.test(module, data, verbose=False)
+        logged.append(logger.steps)
+    assert logged == [list(range(1, 11)), list(range(11, 25))]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -95,11 +95,21 @@ def close_trackers(failed: bool = False) -> None:
 
 
 def trainer_options(config: DictConfig) -> dict[str, Any]:
+    """What every Trainer is made with.
+
+    Raises:
+        MuroanError: there is no such precision.
+    """
+    import torch
+
     if str(config.device.precision) not in PRECISIONS:
         raise MuroanError(f"device.precision must be one of {', '.join(PRECISIONS)}, got {config.device.precision!r}")
     # The dataset shards itself: Lightning's sampler would repeat samples to make the shards equal.
+    device = plain(config.device)
+    if device["accelerator"] == "auto" and torch.backends.mps.is_available():
+        device["accelerator"] = "cpu"  # what Apple's GPUs cannot do is float64, by which margins are compared
     return {
-        **plain(config.device),
+        **device,
         "use_distributed_sampler": False,
         "enable_model_summary": False,
         "default_root_dir": config.out,
