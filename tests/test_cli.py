@@ -177,6 +177,7 @@ def test_a_text_that_would_end_a_training_late_is_found_first(
     monkeypatch.chdir(tmp_path)
     words = ["train", *MANIFEST, root, "device=cpu", "tracker=none", "training.epochs=1", "model=late_fusion"]
     monkeypatch.setattr(sys, "argv", ["muroan", *words])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "")
     with pytest.raises(SystemExit, match=r"sample 'test-4' of test, text: a text of 8 words is .* set truncate=true"):
         cli.main()
     assert "Epoch" not in capsys.readouterr().err

@@ -164,6 +164,7 @@ def test_what_is_not_trained_to_the_end_is_not_attacked(
         words = (*HARDEN, *words, f"folders.train={half}", "tracker=none", "seed=0")
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["muroan", command, *words])
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "")
         with pytest.raises(
             SystemExit, match=r"not trained to the end: the same command goes on with it, `muroan train"
         ):
@@ -176,6 +177,7 @@ def test_a_checkpoint_of_another_training_is_not_taken_for_a_hardened_one(
     words = (*HARDEN, *ATTACK, "defense=plain_training", f"checkpoint={trained / 'best.ckpt'}", "tracker=none")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["muroan", "attack", *words])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "")
     with pytest.raises(SystemExit, match="is of a model that no defense=plain_training has hardened"):
         cli.main()
 
