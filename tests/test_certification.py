@@ -28,7 +28,7 @@ from muroan.certification import (
     robust_accuracy,
     summarise,
 )
-from muroan.cli import commands
+from muroan.cli import attacking, parts
 from muroan.data.samples import Batch
 from muroan.defenses.mmcert import Ablation, SmoothedModel
 from muroan.engine import evaluate
@@ -286,8 +286,8 @@ class TestRun:
 
 def test_a_vote_needs_a_defence_that_ablates():
     with pytest.raises(MuroanError, match="add defense=mmcert"):
-        commands.ablation_options(job())
-    assert commands.ablation_options(job("defense=mmcert", "defense.keep.image=7"))["keep"]["image"] == 7
+        attacking.ablation_options(job())
+    assert attacking.ablation_options(job("defense=mmcert", "defense.keep.image=7"))["keep"]["image"] == 7
 
 
 def test_the_folder_tells_the_vote_from_the_model():
@@ -309,9 +309,9 @@ def test_the_command(trained: Path, tmp_path: Path):
     run("certify", *options, *where, f"out={tmp_path / 'run'}", "device=ddp_cpu", cwd=tmp_path)
     certificates = CertificateFolder(tmp_path / "run").records()
     assert [c.index for c in certificates] == list(range(8))
-    data, model = commands.build(job(*options))
+    data, model = parts.build(job(*options))
     load_weights(model.eval(), trained / "best.ckpt")
-    ablation = Ablation(model.modalities, **commands.ablation_options(job(*options)))
+    ablation = Ablation(model.modalities, **attacking.ablation_options(job(*options)))
     certifier = Certifier(model, ablation, samples=40, selection=10)
     for found in certificates[:3]:
         assert certifier.certify(data.prepared("test")[found.index]) == found

@@ -17,7 +17,7 @@ from toys import flips_when, word
 
 import muroan.cli  # registers the resolvers
 from muroan.attacks.base import Attack, ThreatModel
-from muroan.cli import commands
+from muroan.cli import attacking, parts
 from muroan.defenses.base import Defense
 from muroan.errors import MuroanError
 from muroan.modalities import Audio, Image, Text, WordTokenizer
@@ -94,14 +94,14 @@ def test_defenses(name: str) -> None:
 
 
 def test_a_class_is_known_by_its_name() -> None:
-    assert commands.class_index("red", ["blue", "red"]) == 1
+    assert attacking.class_index("red", ["blue", "red"]) == 1
     with pytest.raises(MuroanError, match=r"attack\.target=green: the dataset has no such class; it has blue, red"):
-        commands.class_index("green", ["blue", "red"])
+        attacking.class_index("green", ["blue", "red"])
 
 
 @pytest.mark.parametrize("name", [name for group, name in CHOICES if group == "tracker"])
 def test_trackers(name: str, tmp_path: Path) -> None:
-    tracker = commands.tracker(job(f"tracker={name}", f"out={tmp_path}"))
+    tracker = parts.tracker(job(f"tracker={name}", f"out={tmp_path}"))
     assert tracker is False if name == "none" else isinstance(tracker, pl.loggers.Logger)
 
 
@@ -140,7 +140,7 @@ def test_devices(name: str, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if name == "own_gpu":
             no_gpus_taken(2, tmp_path, patch)
-        options = commands.trainer_options(job(f"device={name}", f"out={tmp_path}"))
+        options = parts.trainer_options(job(f"device={name}", f"out={tmp_path}"))
     if options["accelerator"] == "gpu":
         # Lightning looks for the GPUs at once; their number and precision are checked without.
         options |= {"accelerator": "cpu", "devices": 1, "precision": "32-true"}
@@ -192,4 +192,4 @@ def test_auto_leaves_gpus_without_float64_alone(
     device: str, apple: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: apple)
-    assert commands.trainer_options(job(f"device={device}", "out=x"))["accelerator"] == chosen
+    assert parts.trainer_options(job(f"device={device}", "out=x"))["accelerator"] == chosen

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from pytorch_lightning.loggers import CSVLogger, WandbLogger
 
 from muroan import cli
-from muroan.cli import commands
+from muroan.cli import parts
 from muroan.errors import MuroanError
 from muroan.report.tracked import log_model
 from muroan.results import read_records
@@ -168,7 +168,7 @@ class Broken(CSVLogger):
 def test_a_tracker_that_breaks_costs_no_records(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = OmegaConf.create({"tracker": {"_target_": "test_tracking.Broken", "save_dir": str(tmp_path)}})
     with caplog.at_level(logging.WARNING):
-        commands.tracker(config).log_metrics({"attack/queries": 1.0}, step=3)
+        parts.tracker(config).log_metrics({"attack/queries": 1.0}, step=3)
     assert "not tracked, and the job goes on: OSError: no room left" in caplog.text
     # A file that is not there stands for all that an upload may meet.
     log_model(Refusing(save_dir=str(tmp_path)), tmp_path / "best.ckpt", {})
@@ -185,7 +185,7 @@ class Refusing(WandbLogger):
 
 def test_wandb_without_a_login_is_told_before_there_is_anything_to_lose(tmp_path: Path) -> None:
     with pytest.raises(MuroanError, match=r"tracker=wandb cannot start a run \(no API key\): `wandb login` first"):
-        commands.begin_tracking(Refusing(save_dir=str(tmp_path)), OmegaConf.create({"seed": 0}))
+        parts.begin_tracking(Refusing(save_dir=str(tmp_path)), OmegaConf.create({"seed": 0}))
 
 
 @pytest.mark.parametrize(

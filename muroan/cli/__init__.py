@@ -20,19 +20,19 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from muroan.cli import commands
+from muroan.cli import attacking, parts, reading, training
 from muroan.cli.jobs import config_folder, of, own_overrides, told
 from muroan.errors import MuroanError
 
 COMMANDS: dict[str, Callable[[DictConfig], None]] = {
-    "train": commands.train,
-    "harden": commands.harden,
-    "attack": commands.attack,
-    "certify": commands.certify,
-    "report": commands.report,
-    "compare": commands.compare,
-    "defenses": commands.defenses,
-    "transfer": commands.transfer,
+    "train": training.train,
+    "harden": training.harden,
+    "attack": attacking.attack,
+    "certify": attacking.certify,
+    "report": reading.report,
+    "compare": reading.compare,
+    "defenses": reading.defenses,
+    "transfer": attacking.transfer,
 }
 
 HELP = """\
@@ -134,7 +134,7 @@ def run_job(function: Callable[[DictConfig], None], command: str, config: DictCo
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         sys.argv = argv
         leave_process_group()
-        commands.close_trackers(failed)
+        parts.close_trackers(failed)
         # What Lightning leaves behind would make the next job of the sweep believe that it is a further process.
         for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "WANDB_DATA_DIR"):
             if name not in environment:

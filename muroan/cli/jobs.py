@@ -40,6 +40,11 @@ def plain(config: Any, resolve: bool = True) -> Any:
     return OmegaConf.to_container(config, resolve=resolve) if OmegaConf.is_config(config) else config
 
 
+def folders(chosen: Any) -> list[Path]:
+    """The folders that an option names: a list of them, or one."""
+    return [Path(chosen)] if isinstance(chosen, str) else [Path(folder) for folder in chosen]
+
+
 def own_overrides(*without: str) -> list[str]:
     """The overrides of this job as its user would type them, less those of the given keys.
 

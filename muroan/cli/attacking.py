@@ -1,0 +1,258 @@
+"""The commands that ask trained models: `attack`, `certify` and `transfer`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from muroan.cli.jobs import folders, identity, plain
+from muroan.cli.parts import begin_tracking, build, load_trained, tracker, trainer_options, versions
+from muroan.errors import MuroanError
+
+if TYPE_CHECKING:
+    from muroan.certification import CertificateFolder
+    from muroan.results import AttackResult, RunFolder
+
+log = logging.getLogger("muroan")
+
+
+def attack(config: DictConfig) -> None:
+    """Attack a trained model; records go to `out`, from where a killed run goes on."""
+    import pytorch_lightning as pl
+
+    from muroan.callbacks import AttackCallback
+    from muroan.results import RunFolder
+    from muroan.training.module import MultimodalModule
+
+    folder = RunFolder(config.out)
+    data, model = build(config)
+    checkpoint = load_trained(config, model)
+    run = {
+        **about(config, "attack", data, model, checkpoint),
+        "attack": HydraConfig.get().runtime.choices["attack"],
+        "smoothed": bool(config.certification.smoothed),
+        "training": training_summary(checkpoint),
+        "modalities": list(model.modalities),
+        "classes": list(data.classes),
+    }
+    if config.certification.smoothed:
+        from muroan.defenses.mmcert import SmoothedModel
+
+        model = SmoothedModel(model, **ablation_options(config), votes=config.certification.votes, seed=config.seed)
+    if config.rerun:
+        folder.clear()
+    if folder.finished and folder.matches(run):
+        log.info("already finished: %s (rerun=true runs it again)", folder.path)
+        if not (folder.path / "summary.json").exists():  # the run was cut off while it summed up
+            logger = tracker(config)
+            begin_tracking(logger, config)
+            finish_attack(folder, folder.records(), data.classes, logger)
+        return
+    if isinstance(config.attack.get("target"), str):
+        config.attack.target = class_index(config.attack.target, data.classes)
+    callback = AttackCallback(
+        instantiate(config.attack),
+        folder.path,
+        run,
+        instantiate(config.threat_model),
+        config.engine.batch_size,
+        config.seed,
+        config.engine.keep_media,
+    )
+    logger = tracker(config)
+    trainer = pl.Trainer(**trainer_options(config), callbacks=[callback], logger=logger, enable_progress_bar=False)
+    begin_tracking(logger, config)
+    trainer.test(MultimodalModule(model), data, verbose=False)
+    if trainer.is_global_zero:
+        finish_attack(folder, callback.records, data.classes, logger)
+
+
+def about(config: DictConfig, command: str, data: Any, model: Any, checkpoint: Path | None) -> dict[str, Any]:
+    """What `run.json` of attacks and certificates tells."""
+    from muroan.training.module import weights_hash
+
+    weights, chosen = weights_hash(model), HydraConfig.get().runtime.choices
+    return {
+        "identity": {**identity(config, command), "weights": weights},
+        "model": chosen["model"],
+        "dataset": data.name,
+        "defense": chosen["defense"] if config.defense else None,
+        "seed": config.seed,
+        "checkpoint": {"path": None if checkpoint is None else str(checkpoint), "sha256": weights},
+        "config": plain(config),
+        "versions": versions(),
+    }
+
+
+def training_summary(checkpoint: Path | None) -> dict[str, Any] | None:
+    """How the attacked model came to be, and what that cost, as the summary beside its checkpoint tells."""
+    file = None if checkpoint is None else checkpoint.parent / "summary.json"
+    if file is None or not file.is_file():
+        return None
+    summary = json.loads(file.read_text())
+    return {key: summary[key] for key in ("accuracy", "best", "start", "control", "cost") if key in summary}
+
+
+def ablation_options(config: DictConfig) -> dict[str, Any]:
+    """What the chosen defence keeps, as options of `Ablation`.
+
+    Raises:
+        MuroanError: no defence is chosen, or one that keeps nothing.
+    """
+    defense = plain(config.get("defense")) or {}
+    if "keep" not in defense:
+        raise MuroanError("there is no vote to certify or attack without a defence that ablates: add defense=mmcert")
+    return {key: defense[key] for key in ("keep", "element") if key in defense}
+
+
+def class_index(name: str, classes: Sequence[str]) -> int:
+    """The index of a class by its name.
+
+    Raises:
+        MuroanError: there is no such class.
+    """
+    if name not in classes:
+        shown = ", ".join(classes[:20]) + (", …" if len(classes) > 20 else "")
+        raise MuroanError(f"attack.target={name}: the dataset has no such class; it has {shown}")
+    return list(classes).index(name)
+
+
+def finish_attack(folder: RunFolder, records: Sequence[AttackResult], classes: Sequence[str], logger: Any) -> None:
+    """Summarise a finished run, show the figures, and hand all that to the tracker."""
+    from muroan.metrics import summarise
+    from muroan.report.tracked import log_attack
+    from muroan.results import write_json
+
+    summary = summarise(records, judged=folder.run.get("judged"))
+    log_attack(logger, folder, records, classes, summary)
+    write_json(folder.path / "summary.json", summary)  # last: it says that all is done
+    log.info("%s", headline(summary, len(records)))
+    log.info("records: %s", folder.records_file)
+
+
+def headline(summary: Mapping[str, Mapping[str, float | None]], samples: int) -> str:
+    def show(name: str, digits: int = 1) -> str:
+        figure = summary[name]
+        if figure["value"] is None:
+            return "-"
+        return f"{figure['value']:.{digits}f} [{figure['low']:.{digits}f}, {figure['high']:.{digits}f}]"
+
+    return (
+        f"{samples} samples, 95 % intervals: clean accuracy {show('clean_accuracy')} %, "
+        f"robust accuracy {show('robust_accuracy')} %, success rate {show('attack_success_rate')} %, "
+        f"decoupled fraction mean {show('decoupled_fraction_mean', 2)} % "
+        f"median {show('decoupled_fraction_median', 2)} %, queries {show('queries')}"
+    )
+
+
+def certify(config: DictConfig) -> None:
+    """Certify the vote over ablations of a trained model; hold the certificates against attacks on it."""
+    import pytorch_lightning as pl
+
+    from muroan.certification import CertificateFolder, CertificationCallback
+    from muroan.defenses.mmcert import Ablation
+    from muroan.training.module import MultimodalModule
+
+    folder = CertificateFolder(config.out)
+    data, model = build(config)
+    ablation = Ablation(model.modalities, **ablation_options(config))
+    run = about(config, "certify", data, model, load_trained(config, model))
+    if config.rerun:
+        folder.clear()
+    if folder.finished and folder.matches(run):
+        log.info("already certified: %s (rerun=true certifies again)", folder.path)
+        finish_certify(config, folder)
+        return
+    keys = ("samples", "selection", "alpha", "deleted", "batch_size")
+    options = {key: plain(config.certification[key]) for key in keys}
+    callback = CertificationCallback(ablation, folder.path, run, seed=config.seed, **options)
+    trainer = pl.Trainer(**trainer_options(config), callbacks=[callback], logger=False, enable_progress_bar=False)
+    trainer.test(MultimodalModule(model), data, verbose=False)
+    if trainer.is_global_zero:
+        finish_certify(config, folder)
+
+
+def finish_certify(config: DictConfig, folder: CertificateFolder) -> None:
+    """Summarise certificates, count what attacks on the smoothed model broke, and draw both."""
+    from muroan.certification import broken, robust_accuracy, summarise
+    from muroan.report.plots import certified_curve
+    from muroan.results import write_json
+    from muroan.runs import find_runs
+
+    certificates = folder.records()
+    summary = summarise(certificates)
+    log.info(
+        "%d samples, certified accuracy %.1f %%, abstained on %d",
+        summary["samples"],
+        summary["accuracy"],
+        summary["abstained"],
+    )
+    for share, accuracy in summary["curve"]:
+        log.info("  below %.3f %% of the elements of every modality: %.1f %%", share, accuracy)
+    log.info("  whatever is done to one element of each modality: %.1f %%", summary["each"])
+    for name, size in summary["alone"].items():
+        told = "to one element of %s alone: %.1f %%; median size of right samples: %g elements, %.3f %%"
+        log.info(f"  {told}", name, size["any"], size["elements"], size["percent"])
+    attacks = find_runs(folders(config.certification.attacked)) if config.certification.attacked else []
+    summary["attacks"] = {}
+    deleted = folder.run["identity"]["certification"]["deleted"]
+    for run in attacks:
+        theirs, ours = run.about["identity"], folder.run["identity"]
+        if "certification" not in theirs or any(theirs.get(key) != ours[key] for key in ("weights", "defense")):
+            raise MuroanError(
+                f"certification.attacked: {run.folder} attacked another model or vote than was certified; attack it "
+                f"with certification.smoothed=true and the same checkpoint and defense"
+            )
+        # A deletion moves all later sound; a masked word is a changed one.
+        replaced = (theirs.get("threat_model") or {}).get("replacement") or {}
+        beyond = [name for name in deleted if replaced.get(name) not in (None, "delete")]
+        beyond += [name for name, how in replaced.items() if how == "delete" and name not in certificates[0].tokens]
+        if beyond:
+            raise MuroanError(
+                f"certification.attacked: {run.folder} replaces parts of {', '.join(beyond)} in a way that the "
+                f"certificates say nothing about: attack with what they are made for, or certify without "
+                f"certification.deleted"
+            )
+        found = broken(certificates, run.records)
+        everything = float(robust_accuracy(certificates, run.records, [1.0])[0])
+        summary["attacks"][run.label] = {"broken": [c.id for c, _ in found], "robust_accuracy": everything}
+        log.info("  %s: %d certificates broken, robust accuracy %.1f %%", run.label, len(found), everything)
+    write_json(folder.path / "summary.json", summary)
+    (folder.path / "certified.png").write_bytes(certified_curve(certificates, [(r.label, r.records) for r in attacks]))
+    log.info("certificates: %s", folder.records_file)
+
+
+def transfer(config: DictConfig) -> None:
+    """Ask the models of finished removal attacks what flipped the others, and show the matrices.
+
+    Model and data are those that `run.json` of each run tells; only `runs`, `out`, `device` and `engine.batch_size` are
+    this command's own. One process on one device asks.
+    """
+    import pytorch_lightning as pl
+
+    from muroan.report.transfer import write
+    from muroan.transfer import measure
+
+    devices = plain(config.device.devices)
+    trainer = pl.Trainer(
+        accelerator=config.device.accelerator,
+        devices=devices[:1] if isinstance(devices, list) else 1,
+        logger=False,
+        enable_checkpointing=False,
+    )
+    matrices, notes = measure(
+        folders(config.runs),
+        lambda about: build(DictConfig(about["config"])),
+        config.engine.batch_size,
+        trainer.strategy.root_device,
+    )
+    page = write(matrices, notes, Path(config.out))
+    log.info("%s", page.read_text(encoding="utf-8"))
+    log.info("transfer: %s", page)

@@ -1,0 +1,180 @@
+"""What jobs are made of: dataset and model, the checkpoint, the Trainer and the tracker.
+
+What takes seconds to import (torch, Lightning) is imported where it is needed, here and in all commands: help and
+unknown choices come at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from muroan.cli.jobs import identity, own_overrides, plain
+from muroan.errors import MuroanError
+
+PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "32", "64", "bf16", "16")
+
+
+def versions() -> dict[str, str]:
+    packages = ("muroan", "torch", "pytorch-lightning", "transformers", "torchmetrics", "hydra-core", "numpy")
+    return {"python": sys.version.split()[0], **{package: metadata.version(package) for package in packages}}
+
+
+def build(config: DictConfig) -> tuple[Any, Any]:
+    """Dataset and model, prepared for each other."""
+    import pytorch_lightning as pl
+
+    if not isinstance(config.seed, int) or config.seed < 0:
+        raise MuroanError(f"seed must be a whole number, 0 or more, got {config.seed!r}")
+    data = instantiate(config.dataset)
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    model = instantiate(config.model)(modalities=data.modalities(), num_classes=len(data.classes))
+    data.prepare_for(model.modalities)
+    return data, model
+
+
+def tracker(config: DictConfig) -> Any:
+    """The logger of the job, False for none. What it cannot log after its start, it warns of: records come first."""
+    if not config.tracker:
+        return False
+    from muroan.report.tracked import forgiving
+
+    logger = instantiate(config.tracker)
+    logger.log_metrics = forgiving(logger.log_metrics)
+    return logger
+
+
+def begin_tracking(logger: Any, config: DictConfig) -> None:
+    """Log the configuration.
+
+    Raises:
+        MuroanError: Weights & Biases refuses, and there is nothing to lose yet.
+    """
+    if not logger:
+        return
+    from wandb.errors import Error
+
+    try:
+        logger.log_hyperparams(plain(config))
+    except Error as error:
+        reason = str(error).strip().splitlines()[0]
+        raise MuroanError(
+            f"tracker=wandb cannot start a run ({reason}): `wandb login` first, or set WANDB_MODE=offline, "
+            f"or choose another tracker"
+        ) from None
+
+
+def close_trackers(failed: bool = False) -> None:
+    """Finish the Weights & Biases run of this job, so that the next job of a sweep gets one of its own."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and getattr(wandb, "run", None) is not None:
+        from muroan.report.tracked import forgiving
+
+        forgiving(wandb.finish)(exit_code=int(failed))
+
+
+def trainer_options(config: DictConfig) -> dict[str, Any]:
+    """What every Trainer is made with.
+
+    Raises:
+        MuroanError: there is no such precision.
+    """
+    import torch
+
+    if str(config.device.precision) not in PRECISIONS:
+        raise MuroanError(f"device.precision must be one of {', '.join(PRECISIONS)}, got {config.device.precision!r}")
+    # The dataset shards itself: Lightning's sampler would repeat samples to make the shards equal.
+    device = plain(config.device)
+    if device["accelerator"] == "auto" and torch.backends.mps.is_available():
+        device["accelerator"] = "cpu"  # what Apple's GPUs cannot do is float64, by which margins are compared
+    return {
+        **device,
+        "use_distributed_sampler": False,
+        "enable_model_summary": False,
+        "default_root_dir": config.out,
+    }
+
+
+def find_checkpoint(config: DictConfig, model: Any, defense: Any = None) -> Path | None:
+    """The checkpoint to attack, or to harden; None for a model that comes trained.
+
+    Args:
+        defense: what the model shall have been hardened by; None for the model as `train` leaves it.
+
+    Raises:
+        MuroanError: there is none, or another one; the message says how to train one.
+    """
+    if config.checkpoint:
+        checkpoint = Path(config.checkpoint)
+        # A vote over ablations may be one of any model.
+        if defense and "keep" not in defense and not hardened(checkpoint, config):
+            raise MuroanError(
+                f"checkpoint={checkpoint} is of a model that no defense={HydraConfig.get().runtime.choices['defense']} "
+                f"has hardened: attack it without a defense, or leave the checkpoint out"
+            )
+        return checkpoint
+    trained = Path(config.folders.harden if defense else config.folders.train) / "best.ckpt"
+    if trained.is_file():
+        own = identity(config, "harden" if defense else "train")
+        if differing := other_training(trained.parent, own):
+            raise MuroanError(
+                f"{trained} is of another training ({differing}): train this one in another folder, or name the "
+                f"checkpoint with checkpoint=FILE"
+            )
+        if not (trained.parent / "summary.json").is_file():
+            command, state = ("harden", "hardened") if defense else ("train", "trained")
+            raise MuroanError(
+                f"{trained} is of a model that is not {state} to the end: the same command goes on with it, "
+                f"`{' '.join([f'muroan {command}', *own_overrides(*trained_without(defense))])}`, or name it with "
+                f"checkpoint=FILE"
+            )
+        return trained
+    if not defense and model.pretrained:
+        return None
+    command, state = ("harden", "hardened") if defense else ("train", "trained")
+    words = [f"muroan {command}", *own_overrides(*trained_without(defense))]
+    raise MuroanError(
+        f"no {state} model in {trained.parent}: run `{' '.join(words)}` first, or name one with checkpoint=FILE"
+    )
+
+
+def trained_without(defense: Any) -> list[str]:
+    """The groups of options of an attack that the training of its model does not have."""
+    without = ["attack", "out", "threat_model", "engine", "certification", "sweep"]
+    return without if defense else [*without, "defense", "hardening", "attack@defense", "attack@hardening"]
+
+
+def hardened(checkpoint: Path, config: DictConfig) -> bool:
+    """Whether a checkpoint may be of the chosen defence: what lies beside it does not tell of another training."""
+    file = checkpoint.parent / "summary.json"
+    known = json.loads(file.read_text()).get("identity", {}) if file.is_file() else None
+    return known is None or (known.get("defense") or {}).get("_target_") == config.defense.get("_target_")
+
+
+def other_training(folder: Path, own: Mapping[str, Any]) -> str:
+    """In what the training that a folder holds differs from one's own; nothing where it does not, or holds none."""
+    from muroan.results import differences
+
+    for name in ("identity.json", "summary.json"):
+        if (folder / name).exists():
+            known = json.loads((folder / name).read_text())
+            return differences(known.get("identity", known), json.loads(json.dumps(own)))
+    return ""
+
+
+def load_trained(config: DictConfig, model: Any) -> Path | None:
+    """Give a model the weights that it is attacked with; returns the checkpoint that they are from."""
+    from muroan.training.module import load_weights
+
+    checkpoint = find_checkpoint(config, model, config.defense)
+    if checkpoint is not None:
+        load_weights(model, checkpoint)
+    return checkpoint

@@ -1,0 +1,226 @@
+"""The commands that train: `train` and `harden`."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from muroan.cli.jobs import identity, of
+from muroan.cli.parts import begin_tracking, build, find_checkpoint, other_training, tracker, trainer_options, versions
+from muroan.errors import MuroanError
+
+log = logging.getLogger("muroan")
+
+
+def train(config: DictConfig) -> None:
+    """Train a target model; `best.ckpt` is the one with the best validation accuracy."""
+    from muroan.training.module import MultimodalModule
+
+    check_training(config, "training")
+    if already_trained(config, "train"):
+        return
+    data, model = build(config)
+    check_texts(data, model)
+    module = MultimodalModule(model, **optimisation(config.training))
+    fit(config, "train", config.training, data, module, "val/accuracy")
+
+
+def harden(config: DictConfig) -> None:
+    """Retrain a model under a defence; `best.ckpt` is the one with the best robust accuracy on validation samples."""
+    from pytorch_lightning.callbacks import Callback
+
+    from muroan.callbacks import RobustValidation, StopEarly
+    from muroan.training.module import load_weights
+
+    if not config.defense:
+        raise MuroanError(f"harden needs a defence, such as defense=adversarial_training: {', '.join(of('defense'))}")
+    options = config.hardening
+    check_training(config, "hardening")
+    if config.checkpoint:
+        raise MuroanError(
+            f"checkpoint names the model to attack: to harden another than what was trained, "
+            f"hardening.start={config.checkpoint}"
+        )
+    if options.start not in ("trained", "scratch") and not Path(options.start).is_file():
+        raise MuroanError(f"hardening.start must be trained, scratch or a checkpoint, got {options.start!r}")
+    if already_trained(config, "harden"):
+        return
+    data, model = build(config)
+    start = None if options.start == "scratch" else Path(options.start)
+    if options.start == "trained":
+        start = find_checkpoint(config, model)
+    if start is not None:
+        load_weights(model, start)
+    check_texts(data, model)
+    if config.rerun and config.defense.get("folder"):
+        forget_set(Path(config.defense.folder))
+    threat_model = instantiate(options.threat_model)
+    defense = instantiate(config.defense)
+    module = defense(model=model, threat_model=threat_model, seed=config.seed, **optimisation(options))
+    callbacks: list[Callback] = []
+    monitor = "val/accuracy"
+    if options.samples and not module.voting:
+        monitor = "val/robust_accuracy"
+        judge = instantiate(options.attack)
+        callbacks.append(RobustValidation(judge, options.samples, threat_model, config.engine.batch_size, config.seed))
+    callbacks.append(StopEarly(monitor, mode="max", patience=options.patience))
+    fit(config, "harden", options, data, module, monitor, callbacks, start)
+
+
+def optimisation(options: DictConfig) -> dict[str, Any]:
+    """Those of the options of a training that its module takes."""
+    return {key: options[key] for key in ("lr", "weight_decay", "warmup")}
+
+
+def check_training(config: DictConfig, section: str) -> None:
+    """Refuse what cannot be trained with.
+
+    Raises:
+        MuroanError: a number that nothing can be trained with; a type of number that the optimiser makes NaN of.
+    """
+    options = config[section]
+    whole = {"epochs": 1, "batches": 1, "samples": 0, "patience": 0}
+    for name, least in whole.items():
+        value = options.get(name, least)
+        if value is None and name == "batches":
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise MuroanError(f"{section}.{name} must be a whole number, at least {least}, got {value!r}")
+    for name in ("lr", "weight_decay", "warmup", "clip"):
+        value = options[name]
+        if value is None and name == "clip":
+            continue
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+            raise MuroanError(f"{section}.{name} must be a number, got {value!r}")
+        if value < 0 or (name == "lr" and value == 0) or (name == "warmup" and not 0 < value < 1):
+            ends = {"lr": "above 0", "warmup": "between 0 and 1"}.get(name, "0 or more")
+            raise MuroanError(f"{section}.{name} must be {ends}, got {value}")
+    if config.device.precision == "16-true":
+        raise MuroanError(
+            "device.precision=16-true is too narrow to train in: choose 16-mixed, bf16-mixed or bf16-true (to attack "
+            "in 16-true, train in another one and name its checkpoint=FILE)"
+        )
+
+
+def check_texts(data: Any, model: Any) -> None:
+    """Refuse a training that a text of val or test, which the model cannot take, would end after hours.
+
+    Raises:
+        MuroanError: there is such a text, and no word of skipping it.
+    """
+    from muroan.modalities import Text
+
+    for name, modality in model.modalities.items():
+        if not isinstance(modality, Text) or data.skip_bad:
+            continue
+        for split in ("val", "test"):
+            asked = {example.inputs[name]: example.id for example in data.examples(split)}
+            for text, id in asked.items():
+                try:
+                    modality.prepare(text)
+                except MuroanError as error:
+                    raise MuroanError(f"sample {id!r} of {split}, {name}: {error}") from None
+
+
+def forget_set(folder: Path) -> None:
+    """Remove the adversarial set of an offline training that is run again."""
+    for file in (*folder.glob("*-*.pt"), folder / "set.json"):
+        file.unlink(missing_ok=True)
+
+
+def already_trained(config: DictConfig, command: str) -> bool:
+    """Whether the folder holds this training, done; else it is claimed for it.
+
+    Raises:
+        MuroanError: the folder holds another training.
+    """
+    from muroan.results import write_json
+
+    out = Path(config.out)
+    if config.rerun:
+        for name in ("identity.json", "summary.json", "last.ckpt"):
+            (out / name).unlink(missing_ok=True)
+    if differing := other_training(out, identity(config, command)):
+        raise MuroanError(
+            f"{out} holds another training ({differing}): choose another folder with out=..., or start anew with "
+            f"rerun=true"
+        )
+    if (out / "summary.json").exists():
+        log.info("already trained: %s (rerun=true trains again)", out / "best.ckpt")
+        return True
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "identity.json", identity(config, command))
+    return False
+
+
+def fit(
+    config: DictConfig,
+    command: str,
+    options: DictConfig,
+    data: Any,
+    module: Any,
+    monitor: str,
+    callbacks: Sequence[Any] = (),
+    start: Path | None = None,
+) -> None:
+    """Train a module, keep its best and last checkpoints, test it, and sum up.
+
+    Args:
+        command: whose identity the summary tells.
+        options: with `epochs` and `clip`.
+        monitor: the logged figure that is highest at the best epoch.
+        start: the checkpoint whose weights the model has been given.
+    """
+    import pytorch_lightning as pl
+    from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+
+    from muroan.defenses.base import Defense
+    from muroan.report.tracked import log_model
+    from muroan.results import write_json
+    from muroan.training.module import load_weights, weights_hash
+
+    out = Path(config.out)
+    keep = ModelCheckpoint(out, "best", monitor=monitor, mode="max", enable_version_counter=False)
+    latest = ModelCheckpoint(out, "last", enable_version_counter=False)  # of every epoch, be it better or not
+    logger = tracker(config)
+    trainer = pl.Trainer(
+        **trainer_options(config),
+        max_epochs=options.epochs,
+        limit_train_batches=options.get("batches"),
+        gradient_clip_val=options.clip,
+        # What judges comes before what keeps and stops by its judgement.
+        callbacks=[*callbacks, keep, latest, TQDMProgressBar(refresh_rate=20)],
+        logger=logger,
+        num_sanity_val_steps=0,
+        log_every_n_steps=20,
+    )
+    begin_tracking(logger, config)
+    last = out / "last.ckpt"
+    trainer.fit(module, data, ckpt_path=last if last.exists() else None)
+    cost = module.total_cost() if isinstance(module, Defense) else None
+    load_weights(module.model, out / "best.ckpt")
+    (metrics,) = trainer.test(module, data, verbose=False)
+    if not trainer.is_global_zero:
+        return
+    best = float(keep.best_model_score)  # type: ignore[arg-type]
+    summary: dict[str, Any] = {
+        "identity": identity(config, command),
+        "accuracy": {"val": best, "test": metrics["test/accuracy"]},
+        "weights": weights_hash(module.model),
+        "versions": versions(),
+    }
+    if cost is not None:
+        summary["accuracy"] = {"test": metrics["test/accuracy"]}
+        summary["control"] = module.control
+        summary["best"] = {"monitor": monitor, "value": best}
+        summary |= {"cost": asdict(cost), "start": None if start is None else str(start)}
+    write_json(out / "summary.json", summary)
+    log_model(logger, out / "best.ckpt", summary)
+    log.info("test accuracy %.1f %%, checkpoint %s", metrics["test/accuracy"], out / "best.ckpt")
