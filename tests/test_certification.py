@@ -324,6 +324,6 @@ def test_the_command(trained: Path, tmp_path: Path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["samples"] == 8
     assert {name: attack["broken"] for name, attack in summary["attacks"].items()} == {
-        "random_removal · mmbt, smoothed": []
+        "random_removal · mmbt + mmcert, smoothed": []
     }
     assert (tmp_path / "run" / "certified.png").stat().st_size > 10_000
