@@ -42,12 +42,12 @@ CAPTION = (
     "of 8 × 8 pixels, of which a tenth are kept, and three tokens, for an attacker who can only delete words; on "
     "digit_sum squares of 4 × 4 and stretches of 10 ms, of which a fifth are kept. *Undefended* is the accuracy of the "
     "model that the fine-tuning started from, on the whole test set. *Right* are votes that are right and do not "
-    "abstain; *certified* are those of them that no attacker can change who alters one element of that modality, or "
-    "one of each, in percent of all samples; *at most* is the largest certificate, in elements. *Left* is what "
-    "decoupling, with {budget} queries to a vote of 20, leaves right."
+    "abstain; *certified* are those of them that no attacker can change who alters one element of that modality "
+    "alone, in percent of all samples; *at most* is the largest certificate, in elements. *Left* is what decoupling, "
+    "with {budget} queries to a vote of 20, leaves right."
 )
 HEADS = ["dataset", "model", "elements", "seeds", "undefended (%)", "right (%)", "abstained (%)"]
-HEADS += ["image certified (%)", "at most", "text or audio certified (%)", "at most", "each certified (%)"]
+HEADS += ["image certified (%)", "at most", "text or audio certified (%)", "at most"]
 HEADS += ["left (%)", "broken"]
 
 
@@ -74,7 +74,6 @@ def figures(folders: Sequence[Path]) -> list[float | int | None]:
         mean(one["accuracy"] for one in found),
         mean(100 * one["abstained"] / one["samples"] for one in found),
         *alone,
-        mean(one["each"] for one in found),
         mean(attack["robust_accuracy"] for attack in attacks) if attacks else None,
         sum(len(attack["broken"]) for attack in attacks),
     ]

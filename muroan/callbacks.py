@@ -87,7 +87,7 @@ class StopEarly(EarlyStopping):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        trainer.should_stop |= self.wait_count >= self.patience
+        trainer.should_stop |= self.wait_count >= max(1, self.patience)
 
 
 class RecordingCallback(pl.Callback):

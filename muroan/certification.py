@@ -348,9 +348,9 @@ def summarise(certificates: Sequence[Certificate]) -> dict[str, Any]:
 
     Returns:
         `samples`; `abstained`; `accuracy` (right for the untouched input, percent); `curve`: pairs of a share and the
-        certified accuracy just below it, percent both; `each`: samples that are right whatever an attacker does with
-        one element of every modality, percent of all; `alone`: by modality the same for one element of it alone
-        (`any`), and the median certified size over right samples, in elements and in percent of n.
+        certified accuracy just below it, percent both; `alone`: by modality the samples that are right whatever an
+        attacker does with one element of it alone, percent of all (`any`), and the median certified size over right
+        samples, in elements and in percent of n.
     """
     limits = sorted({c.limit for c in certificates if c.limit})
     right = [c for c in certificates if c.limit]
@@ -360,12 +360,11 @@ def summarise(certificates: Sequence[Certificate]) -> dict[str, Any]:
         "abstained": sum(c.predicted is None for c in certificates),
         "accuracy": 100 * len(right) / max(1, len(certificates)),
         "curve": [[100 * share, float(accuracy)] for share, accuracy in zip(limits, below, strict=True)],
-        "each": 100 * sum(min(c.joint.values()) > 0 for c in right) / max(1, len(certificates)),
         "alone": {
             name: {
                 "any": 100 * sum(c.alone[name] > 0 for c in right) / len(certificates),
                 "elements": float(np.median([c.alone[name] for c in right])),
-                "percent": float(np.median([100 * c.alone[name] / c.n[name] for c in right])),
+                "percent": float(np.median([100 * c.alone[name] / max(1, c.n[name]) for c in right])),
             }
             for name in (right[0].n if right else ())
         },

@@ -262,7 +262,7 @@ class QueryEngine:
         if precision not in AUTOCAST:
             raise MuroanError(f"precision must be one of {', '.join(AUTOCAST)}, got {precision!r}")
         if not isinstance(batch_size, int) or batch_size < 1:
-            raise MuroanError(f"engine.batch_size must be at least 1, got {batch_size!r}")
+            raise MuroanError(f"engine.batch_size must be a whole number, at least 1, got {batch_size!r}")
         self.model, self.attack = model, attack
         self.threat_model = (threat_model or ThreatModel()).complete(model.modalities)
         self.batch_size, self.precision, self.seed = batch_size, precision, seed

@@ -235,7 +235,11 @@ class RecordFolder(ABC, Generic[R]):
 
     def clear(self) -> None:
         """Forget all records of the folder."""
-        for file in (self.path / "run.json", self.records_file, *self.path.glob("*.part-*.jsonl")):
+        for file in (
+            *(self.path / n for n in ("run.json", "summary.json")),
+            self.records_file,
+            *self.path.glob("*.part-*.jsonl"),
+        ):
             file.unlink(missing_ok=True)
 
     def start(self, run: Mapping[str, Any]) -> None:

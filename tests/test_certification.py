@@ -90,7 +90,6 @@ class TestPromise:
         assert (summary["samples"], summary["abstained"], summary["accuracy"]) == (5, 1, 60)
         assert np.allclose(summary["curve"], [[1, 60], [4, 40], [20, 20]])
         assert summary["alone"]["image"] == {"any": 60, "elements": 5.0, "percent": 5.0}
-        assert summary["each"] == 20, "of one element of both modalities only the first"
 
     def test_robust_accuracy_by_hand(self):
         found = [certificate(i) for i in range(4)]

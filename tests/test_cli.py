@@ -105,11 +105,17 @@ def test_a_checkpoint_of_another_model_is_refused(trained: Path, tmp_path: Path)
     ("option", "expected"),
     [
         ("attack.draws=0", "attack.draws and attack.max_parts must be at least 1, got 0 and 3"),
-        ("dataset.test_limit=0", "dataset.test_limit must be a positive number, got 0"),
-        ("threat_model.max_queries=-1", "threat_model.max_queries must be at least 1 or null, got -1"),
-        ("threat_model.max_queries=abc", "threat_model.max_queries must be at least 1 or null, got 'abc'"),
-        ("threat_model.min_side.image=abc", "threat_model.min_side.image must be at least 1, got 'abc'"),
-        ("engine.batch_size=abc", "engine.batch_size must be at least 1, got 'abc'"),
+        ("dataset.test_limit=0", "dataset.test_limit must be a positive whole number, got 0"),
+        ("threat_model.max_queries=-1", "threat_model.max_queries must be a whole number, at least 1, or null, got -1"),
+        (
+            "threat_model.max_queries=abc",
+            "threat_model.max_queries must be a whole number, at least 1, or null, got 'abc'",
+        ),
+        (
+            "threat_model.min_side.image=abc",
+            "threat_model.min_side.image must be a whole number, at least 1, got 'abc'",
+        ),
+        ("engine.batch_size=abc", "engine.batch_size must be a whole number, at least 1, got 'abc'"),
         ("dataset.num_workers=-1", "dataset.num_workers must be a whole number, 0 or more, got -1"),
         ("device.precision=bf17", "device.precision must be one of 32-true, "),
         ("device.devices=0", "devices=0"),

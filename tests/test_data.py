@@ -278,8 +278,8 @@ def test_the_model_says_how_inputs_are_prepared():
         (lambda: Toy().examples("dev"), "a split is one of train, val, test, got 'dev'"),
         (lambda: Toy(use=["text", "sound"]).modalities(), "dataset.use must name some of image, text, got"),
         (lambda: Toy(use=[]).modalities(), "dataset.use must name some of image, text, got []"),
-        (lambda: Toy(batch_size=0), "dataset.batch_size must be a positive number, got 0"),
-        (lambda: Toy(test_limit=0), "dataset.test_limit must be a positive number, got 0"),
+        (lambda: Toy(batch_size=0), "dataset.batch_size must be a positive whole number, got 0"),
+        (lambda: Toy(test_limit=0), "dataset.test_limit must be a positive whole number, got 0"),
         (lambda: Toy(questions=()).prepared("test"), "the test split of toy has no examples"),
         (lambda: Toy().prepare_for({"audio": Audio(8, 8)}), "the model takes audio, but dataset toy has image, text"),
     ],
@@ -649,7 +649,7 @@ def test_missing_manifests(memes):
         ({"classes": [False, True]}, "dataset.classes is a list of names, got [False, True]; in YAML, quote yes, no"),
         ({"classes": "no"}, "dataset.classes is a list of names, got 'no'"),
         ({"num_workers": -1}, "dataset.num_workers must be a whole number, 0 or more, got -1"),
-        ({"batch_size": "8"}, "dataset.batch_size must be a positive number, got '8'"),
+        ({"batch_size": "8"}, "dataset.batch_size must be a positive whole number, got '8'"),
     ],
 )
 def test_bad_manifest_options_are_named(memes, options, expected):

@@ -230,6 +230,28 @@ def test_worse_than_one_of_several_controls_counts_them_all(tmp_path: Path) -> N
     assert (verdict.control.name, verdict.word, verdict.p) == ("a", "did not help", pytest.approx(4 / 2**6))
 
 
+def test_a_control_without_a_sample_in_common_withholds_the_verdict(tmp_path: Path) -> None:
+    run(tmp_path, "decoupling", [0] * 30, "hard")
+    run(tmp_path, "decoupling", [1] * 30, "plain_training", control=True)
+    (verdict,) = grid(tmp_path).verdicts()
+    assert verdict.helped
+    run(tmp_path, "decoupling", [1] * 30, "noise", control=True, seed=5)
+    (verdict,) = grid(tmp_path).verdicts()
+    assert not verdict.helped
+    assert "hard cannot be said to have helped beyond its controls" in verdict.line
+    assert "not compared with noise, which share no sample" in verdict.line
+
+
+def test_larger_than_under_one_control_is_not_larger(tmp_path: Path) -> None:
+    run(tmp_path, "decoupling", [3] * 30, "hard")
+    run(tmp_path, "decoupling", [1] * 30, "a", control=True)
+    (verdict,) = grid(tmp_path).verdicts()
+    assert verdict.larger
+    run(tmp_path, "decoupling", [4] * 30, "b", control=True)
+    (verdict,) = grid(tmp_path).verdicts()
+    assert not verdict.larger
+
+
 def test_larger_flips_are_those_that_count(tmp_path: Path) -> None:
     """Flips that leave the label right are as large as before; only such as do not are larger."""
     for name, control, first in (("hard", False, 3), ("plain_training", True, 1)):

@@ -553,6 +553,8 @@ def test_a_training_that_gets_no_better_is_kept_at_every_epoch_and_stops_once(tm
     again = PlainTraining(model(), lr=0.02)
     trainer = fitted(again, 9, callbacks(), tmp_path / "last.ckpt")
     assert trainer.global_step == content["global_step"], "nothing more is trained"
+    first = fitted(PlainTraining(model(learned), lr=0.02), 3, [Worse(), StopEarly("val/worse", mode="max", patience=0)])
+    assert first.global_step == 2 * 6, "without patience the first epoch is trained, and the second is no better"
 
 
 def test_parts_train_and_stay_as_they_are_under_every_defense(learned: Any) -> None:

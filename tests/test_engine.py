@@ -948,17 +948,17 @@ def test_a_random_model_is_refused():
 
 
 def test_options_are_checked():
-    with pytest.raises(MuroanError, match=r"engine\.batch_size must be at least 1, got 0"):
+    with pytest.raises(MuroanError, match=r"engine\.batch_size must be a whole number, at least 1, got 0"):
         QueryEngine(never(), RandomRemoval(), batch_size=0)
     with pytest.raises(MuroanError, match="precision must be one of 32, bf16, 16, got 'half'"):
         QueryEngine(never(), RandomRemoval(), precision="half")
-    with pytest.raises(MuroanError, match="max_queries must be at least 1 or null, got 0"):
+    with pytest.raises(MuroanError, match="max_queries must be a whole number, at least 1, or null, got 0"):
         QueryEngine(never(), RandomRemoval(), ThreatModel(max_queries=0))
 
 
 @pytest.mark.parametrize("side", [0, -3])
 def test_a_min_side_below_one_is_refused(side):
-    with pytest.raises(MuroanError, match=rf"min_side.image must be at least 1, got {side}"):
+    with pytest.raises(MuroanError, match=rf"min_side.image must be a whole number, at least 1, got {side}"):
         QueryEngine(never(), RandomRemoval(), ThreatModel(min_side={"image": side}))
 
 

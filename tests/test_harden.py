@@ -128,7 +128,7 @@ def test_a_finished_one_is_not_hardened_again(hardened: Path, place: tuple[Path,
         (
             "harden",
             ("defense=plain_training", "hardening.warmup=1.5"),
-            "hardening.warmup must be between 0 and 1, got 1.5",
+            "hardening.warmup must be 0 to 1, got 1.5",
         ),
         ("harden", ("defense=plain_training", "hardening.lr=-1"), "hardening.lr must be above 0, got -1"),
         ("train", ("training.lr=abc",), "training.lr must be a number, got 'abc'"),

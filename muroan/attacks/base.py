@@ -117,11 +117,15 @@ class ThreatModel:
         for name, modality in modalities.items():
             modality.check_replacement(name, replacement[name])
             if not isinstance(min_side[name], int) or min_side[name] < 1:
-                raise MuroanError(f"threat_model.min_side.{name} must be at least 1, got {min_side[name]!r}")
+                raise MuroanError(
+                    f"threat_model.min_side.{name} must be a whole number, at least 1, got {min_side[name]!r}"
+                )
             if int(min_side[name]) != modality.min_side:  # the default is there for every size
                 modality.check_min_side(name, int(min_side[name]))
         if self.max_queries is not None and (not isinstance(self.max_queries, int) or self.max_queries < 1):
-            raise MuroanError(f"threat_model.max_queries must be at least 1 or null, got {self.max_queries!r}")
+            raise MuroanError(
+                f"threat_model.max_queries must be a whole number, at least 1, or null, got {self.max_queries!r}"
+            )
         return ThreatModel(replacement, {name: int(side) for name, side in min_side.items()}, self.max_queries)
 
 

@@ -35,7 +35,7 @@ def attack(config: DictConfig) -> None:
     data, model = build(config)
     checkpoint = load_trained(config, model)
     run = {
-        **about(config, "attack", data, model, checkpoint),
+        **about(config, "attack", model, checkpoint),
         "attack": HydraConfig.get().runtime.choices["attack"],
         "smoothed": bool(config.certification.smoothed),
         "training": training_summary(checkpoint),
@@ -74,7 +74,7 @@ def attack(config: DictConfig) -> None:
         finish_attack(folder, callback.records, data.classes, logger)
 
 
-def about(config: DictConfig, command: str, data: Any, model: Any, checkpoint: Path | None) -> dict[str, Any]:
+def about(config: DictConfig, command: str, model: Any, checkpoint: Path | None) -> dict[str, Any]:
     """What `run.json` of attacks and certificates tells."""
     from muroan.training.module import weights_hash
 
@@ -82,7 +82,7 @@ def about(config: DictConfig, command: str, data: Any, model: Any, checkpoint: P
     return {
         "identity": {**identity(config, command), "weights": weights},
         "model": chosen["model"],
-        "dataset": data.name,
+        "dataset": chosen["dataset"],
         "defense": chosen["defense"] if config.defense else None,
         "seed": config.seed,
         "checkpoint": {"path": None if checkpoint is None else str(checkpoint), "sha256": weights},
@@ -163,7 +163,7 @@ def certify(config: DictConfig) -> None:
     folder = CertificateFolder(config.out)
     data, model = build(config)
     ablation = Ablation(model.modalities, **ablation_options(config))
-    run = about(config, "certify", data, model, load_trained(config, model))
+    run = about(config, "certify", model, load_trained(config, model))
     if config.rerun:
         folder.clear()
     if folder.finished and folder.matches(run):
@@ -196,9 +196,8 @@ def finish_certify(config: DictConfig, folder: CertificateFolder) -> None:
     )
     for share, accuracy in summary["curve"]:
         log.info("  below %.3f %% of the elements of every modality: %.1f %%", share, accuracy)
-    log.info("  whatever is done to one element of each modality: %.1f %%", summary["each"])
     for name, size in summary["alone"].items():
-        told = "to one element of %s alone: %.1f %%; median size of right samples: %g elements, %.3f %%"
+        told = "whatever is done to one element of %s: %.1f %%; median size of right samples: %g elements, %.3f %%"
         log.info(f"  {told}", name, size["any"], size["elements"], size["percent"])
     attacks = find_runs(folders(config.certification.attacked)) if config.certification.attacked else []
     summary["attacks"] = {}

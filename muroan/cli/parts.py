@@ -103,11 +103,12 @@ def trainer_options(config: DictConfig) -> dict[str, Any]:
     }
 
 
-def find_checkpoint(config: DictConfig, model: Any, defense: Any = None) -> Path | None:
+def find_checkpoint(config: DictConfig, model: Any, defense: Any = None, option: str = "checkpoint") -> Path | None:
     """The checkpoint to attack, or to harden; None for a model that comes trained.
 
     Args:
         defense: what the model shall have been hardened by; None for the model as `train` leaves it.
+        option: by which another one can be named.
 
     Raises:
         MuroanError: there is none, or another one; the message says how to train one.
@@ -127,14 +128,14 @@ def find_checkpoint(config: DictConfig, model: Any, defense: Any = None) -> Path
         if differing := other_training(trained.parent, own):
             raise MuroanError(
                 f"{trained} is of another training ({differing}): train this one in another folder, or name the "
-                f"checkpoint with checkpoint=FILE"
+                f"checkpoint with {option}=FILE"
             )
         if not (trained.parent / "summary.json").is_file():
             command, state = ("harden", "hardened") if defense else ("train", "trained")
             raise MuroanError(
                 f"{trained} is of a model that is not {state} to the end: the same command goes on with it, "
                 f"`{' '.join([f'muroan {command}', *own_overrides(*trained_without(defense))])}`, or name it with "
-                f"checkpoint=FILE"
+                f"{option}=FILE"
             )
         return trained
     if not defense and model.pretrained:
@@ -142,7 +143,7 @@ def find_checkpoint(config: DictConfig, model: Any, defense: Any = None) -> Path
     command, state = ("harden", "hardened") if defense else ("train", "trained")
     words = [f"muroan {command}", *own_overrides(*trained_without(defense))]
     raise MuroanError(
-        f"no {state} model in {trained.parent}: run `{' '.join(words)}` first, or name one with checkpoint=FILE"
+        f"no {state} model in {trained.parent}: run `{' '.join(words)}` first, or name one with {option}=FILE"
     )
 
 
@@ -154,9 +155,13 @@ def trained_without(defense: Any) -> list[str]:
 
 def hardened(checkpoint: Path, config: DictConfig) -> bool:
     """Whether a checkpoint may be of the chosen defence: what lies beside it does not tell of another training."""
-    file = checkpoint.parent / "summary.json"
-    known = json.loads(file.read_text()).get("identity", {}) if file.is_file() else None
-    return known is None or (known.get("defense") or {}).get("_target_") == config.defense.get("_target_")
+    for name in ("identity.json", "summary.json"):
+        file = checkpoint.parent / name
+        if file.is_file():
+            known = json.loads(file.read_text())
+            own = known.get("identity", known)
+            return (own.get("defense") or {}).get("_target_") == config.defense.get("_target_")
+    return True
 
 
 def other_training(folder: Path, own: Mapping[str, Any]) -> str:

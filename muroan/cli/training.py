@@ -48,14 +48,14 @@ def harden(config: DictConfig) -> None:
             f"checkpoint names the model to attack: to harden another than what was trained, "
             f"hardening.start={config.checkpoint}"
         )
-    if options.start not in ("trained", "scratch") and not Path(options.start).is_file():
-        raise MuroanError(f"hardening.start must be trained, scratch or a checkpoint, got {options.start!r}")
     if already_trained(config, "harden"):
         return
+    if options.start not in ("trained", "scratch") and not Path(options.start).is_file():
+        raise MuroanError(f"hardening.start must be trained, scratch or a checkpoint, got {options.start!r}")
     data, model = build(config)
     start = None if options.start == "scratch" else Path(options.start)
     if options.start == "trained":
-        start = find_checkpoint(config, model)
+        start = find_checkpoint(config, model, option="hardening.start")
     if start is not None:
         load_weights(model, start)
     check_texts(data, model)
@@ -99,8 +99,8 @@ def check_training(config: DictConfig, section: str) -> None:
             continue
         if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
             raise MuroanError(f"{section}.{name} must be a number, got {value!r}")
-        if value < 0 or (name == "lr" and value == 0) or (name == "warmup" and not 0 < value < 1):
-            ends = {"lr": "above 0", "warmup": "between 0 and 1"}.get(name, "0 or more")
+        if value < 0 or (name == "lr" and value == 0) or (name == "warmup" and value > 1):
+            ends = {"lr": "above 0", "warmup": "0 to 1"}.get(name, "0 or more")
             raise MuroanError(f"{section}.{name} must be {ends}, got {value}")
     if config.device.precision == "16-true":
         raise MuroanError(

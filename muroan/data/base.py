@@ -72,7 +72,7 @@ class MultimodalData(pl.LightningDataModule, ABC):
         sizes |= {f"{split}_limit": limit for split, limit in self.limits.items()}
         for option, value in sizes.items():
             if value is not None and (not isinstance(value, int) or value < 1):
-                raise MuroanError(f"dataset.{option} must be a positive number, got {value!r}")
+                raise MuroanError(f"dataset.{option} must be a positive whole number, got {value!r}")
         for option, value in (("num_workers", num_workers), ("seed", seed)):
             if not isinstance(value, int) or value < 0:
                 raise MuroanError(f"dataset.{option} must be a whole number, 0 or more, got {value!r}")

@@ -171,6 +171,8 @@ class Verdict:
         control, beyond: the control that decides, and the difference to it.
         p: that of the claim. For one against each control it is the largest of their p (Berger 1982), for one against
             any the smallest times their number; then after Holm's correction over the verdicts on this model.
+        p_larger: likewise that flips need larger removals than under each control.
+        missing: controls that share no sample with it, so that it can't be said to have helped.
     """
 
     defense: Defended
@@ -178,6 +180,8 @@ class Verdict:
     control: Defended | None
     beyond: Difference | None
     p: float = 1.0
+    p_larger: float = 1.0
+    missing: tuple[str, ...] = ()
 
     @property
     def helped(self) -> bool:
@@ -191,12 +195,14 @@ class Verdict:
             return ""
         if self.p >= LEVEL:
             return "did not help"
-        return "helped" if self.beyond.points > 0 else "did worse"
+        if self.beyond.points < 0:
+            return "did worse"
+        return "helped" if not self.missing else "cannot be said to have helped"
 
     @property
     def larger(self) -> bool:
-        """Whether flips need larger removals than under the control: all that there is to see where nothing holds."""
-        return self.beyond is not None and self.beyond.p_larger < LEVEL and (self.beyond.larger["value"] or 0) < 0
+        """Whether flips need larger removals than under each control: all that there is to see where nothing holds."""
+        return self.p_larger < LEVEL and not self.missing
 
     @property
     def line(self) -> str:
@@ -214,9 +220,13 @@ class Verdict:
             gains += f" (against the undefended model {_points(self.undefended.decisive)})"
         return (
             f"{self.defense.name} {what}: {gains}, p {probability(self.p)}, curve area {_points(area)} (below 0, flips "
-            f"are fewer or larger); {whole(self.beyond.samples)} paired samples, {self.beyond.seeds} "
+            f"are fewer or larger){self._lacking}; {whole(self.beyond.samples)} paired samples, {self.beyond.seeds} "
             f"seed{'s'[: self.beyond.seeds != 1]}."
         )
+
+    @property
+    def _lacking(self) -> str:
+        return f"; not compared with {', '.join(self.missing)}, which share no sample" if self.missing else ""
 
 
 @dataclass(frozen=True)
@@ -277,10 +287,13 @@ class Grid:
             match = [other for other in self.defenses if other.base == defense.base]
             plain = next((other for other in match if other.undefended), None)
             gain = None if plain is None else self.difference(defense, plain)
-            controls = [(c, difference) for c in match if c.control and (difference := self.difference(defense, c))]
-            found.append(_judged(defense, gain, controls))
-        corrected = iter(holm([verdict.p for verdict in found if verdict.beyond is not None]))
-        return [replace(v, p=next(corrected)) if v.beyond is not None else v for v in found]
+            against = [(c, self.difference(defense, c)) for c in match if c.control]
+            controls = [(c, difference) for c, difference in against if difference is not None]
+            missing = tuple(c.name for c, difference in against if difference is None)
+            found.append(replace(_judged(defense, gain, controls), missing=missing))
+        judged = [verdict for verdict in found if verdict.beyond is not None]
+        p, p_larger = iter(holm([v.p for v in judged])), iter(holm([v.p_larger for v in judged]))
+        return [v if v.beyond is None else replace(v, p=next(p), p_larger=next(p_larger)) for v in found]
 
 
 def _judged(defense: Defended, gain: Difference | None, controls: Sequence[tuple[Defended, Difference]]) -> Verdict:
@@ -289,14 +302,16 @@ def _judged(defense: Defended, gain: Difference | None, controls: Sequence[tuple
     ranked = sorted(controls, key=lambda pair: pair[1].gain)
     if not ranked:
         return Verdict(defense, gain, None, None)
+    larger = all((beyond.larger["value"] or 0) < 0 for _, beyond in ranked)
+    p_larger = max(beyond.p_larger for _, beyond in ranked) if larger else 1.0
     worse = [pair for pair in ranked if pair[1].points < 0]
     if worse:
         control, beyond = min(worse, key=lambda pair: pair[1].p)
-        return Verdict(defense, gain, control, beyond, min(1.0, beyond.p * len(controls)))
+        return Verdict(defense, gain, control, beyond, min(1.0, beyond.p * len(controls)), p_larger)
     if ranked[0][1].points == 0:
-        return Verdict(defense, gain, *ranked[0])
+        return Verdict(defense, gain, *ranked[0], 1.0, p_larger)
     control, beyond = max(ranked, key=lambda pair: pair[1].p)
-    return Verdict(defense, gain, control, beyond, beyond.p)
+    return Verdict(defense, gain, control, beyond, beyond.p, p_larger)
 
 
 def grids(runs: Sequence[Run]) -> list[Grid]:
@@ -362,13 +377,21 @@ def _setup(run: Run) -> str:
 
 def _base(run: Run) -> str:
     """What decides how a model was trained before it was hardened, apart from the seed."""
+    return json.dumps(_trained(run), sort_keys=True)
+
+
+# Options of a dataset that have no part in training.
+TESTED = ("test_limit", "test_batch_size", "visible", "root", "obtain", "skip_bad", "num_workers")
+
+
+def _trained(run: Run) -> dict[str, Any]:
     config = run.about.get("config") or {}
-    return json.dumps([config.get("model"), config.get("training")], sort_keys=True)
+    data = {key: value for key, value in (config.get("dataset") or {}).items() if key not in TESTED}
+    return {"model": config.get("model"), "training": config.get("training"), "dataset": data}
 
 
 def _options(run: Run) -> dict[str, Any]:
-    config = run.about.get("config") or {}
-    found = {key: config.get(key) for key in ("model", "training")}
+    config, found = run.about.get("config") or {}, _trained(run)
     if not run.about.get("defense"):
         return found
     defense = {key: value for key, value in (config.get("defense") or {}).items() if key != "folder"}

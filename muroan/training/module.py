@@ -37,7 +37,10 @@ class MultimodalModule(pl.LightningModule):
         self.accuracy = MeanMetric()
 
     def on_fit_start(self) -> None:
-        self.model.train()  # pretrained models come in evaluation mode, and Lightning leaves modes as they are
+        # Pretrained models come in evaluation mode, and Lightning leaves modes as they are. Where some parts are in one
+        # and some in the other, that is what their owner wants.
+        if not any(module.training for module in self.model.modules()):
+            self.model.train()
 
     def forward(self, batch: Batch) -> Prediction:
         return self.model(self.inputs(batch), batch.rows)
@@ -82,7 +85,9 @@ class MultimodalModule(pl.LightningModule):
         groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=self.lr)
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=steps, pct_start=self.warmup)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, self.lr, total_steps=steps, pct_start=float(self.warmup)
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
