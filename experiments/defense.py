@@ -11,6 +11,7 @@ for), and by that with ten times the budget, for which any flip will do (`strong
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from sweep import OUT, Sweep, command
@@ -67,14 +68,38 @@ class Gathered:
 
     def missing(self) -> list[str]:
         """A line for each group of cells that there are not."""
-        groups: dict[tuple[str, str], dict[int, None]] = {}
+        places: dict[tuple[str, str], dict[tuple[str, int], None]] = {}  # of a defence and an attack
+        nothing: dict[tuple[str, int], None] = {}  # where no model is hardened
         for (target, seed, attack), names in self.lacking.items():
-            what = f", {', '.join(names)}, {attack}" if (target, seed) in self.hardened else ""
-            groups.setdefault((target, what), {})[seed] = None
-        return [
-            f"- not run: {target}{what}, seed {', '.join(map(str, seeds))}\n"
-            for (target, what), seeds in groups.items()
-        ]
+            if (target, seed) not in self.hardened:
+                nothing[target, seed] = None
+                continue
+            for name in names:
+                places.setdefault((name, attack), {})[target, seed] = None
+        together: dict[tuple[tuple[str, int], ...], dict[str, list[str]]] = {}
+        for (name, attack), where in places.items():
+            together.setdefault(tuple(where), {}).setdefault(name, []).append(attack)
+        lines = [f"- not run: {_where(list(nothing))}\n"] if nothing else []
+        for found, attacks_of in together.items():
+            alike: dict[tuple[str, ...], list[str]] = {}
+            for name, attacks in attacks_of.items():
+                alike.setdefault(tuple(attacks), []).append(name)
+            lines += [
+                f"- not run: {_where(found)}: {', '.join(names)} under {', '.join(attacks)}\n"
+                for attacks, names in alike.items()
+            ]
+        return lines
+
+
+def _where(places: Sequence[tuple[str, int]]) -> str:
+    """Targets and seeds; targets of the same seeds together."""
+    seeds: dict[str, list[int]] = {}
+    for target, seed in places:
+        seeds.setdefault(target, []).append(seed)
+    targets: dict[tuple[int, ...], list[str]] = {}
+    for target, own in seeds.items():
+        targets.setdefault(tuple(own), []).append(target)
+    return "; ".join(f"{', '.join(names)}, seed {', '.join(map(str, own))}" for own, names in targets.items())
 
 
 def transferred(sweep: Sweep, dataset: str, defense: str, gathered: Gathered) -> None:

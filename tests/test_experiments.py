@@ -324,7 +324,7 @@ class TestCommands:
         assert "not run" not in page
         here(monkeypatch, workplace, "defense", "quick", "tabulate", "defenses=plain_training,modality_dropout")
         page = (workplace / OUT / "defense/defense.md").read_text()
-        assert "- not run: easy_vqa · late_fusion, modality_dropout, decoupling, seed 0" in page
+        assert "- not run: easy_vqa · late_fusion, seed 0: modality_dropout under decoupling, transferred\n" in page
         with pytest.raises(SystemExit, match="no run is of a hardened model"):
             here(monkeypatch, workplace, "defense", "quick", "tabulate", "defenses=modality_dropout")
 
