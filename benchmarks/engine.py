@@ -323,7 +323,7 @@ def main() -> None:
             f"engine, feature reuse {'on' if reuse else 'off'}, batch {best}: {rates[reuse][0]:.0f} queries/s, "
             f"{rates[reuse][1]:.0f} forwards/s; {asked} queries, {rows} forwards in {engine.statistics.batches} "
             f"batches; saved by the cache: {100 * hits / asked:.0f} % of the queries; encodings saved: {encoded}; "
-            f"{wasted} forwards run ahead in vain"
+            f"{engine.statistics.repeated} forwards to see that the model repeats itself, {wasted} run ahead in vain"
         )
     again = bare_forwards(model, samples, best, 3.0, arguments.precision)
     rate = max(bare[best], again)
