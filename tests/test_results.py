@@ -187,8 +187,10 @@ class TestRunFolder:
         folder.finish()
         assert folder.matches({"identity": IDENTITY})
         assert not folder.matches({"identity": {}})
+        (tmp_path / "summary.json").write_text("{}")
         folder.clear()
         assert not folder.finished
+        assert not (tmp_path / "summary.json").exists(), "figures of what is run again"
         folder.start({"identity": {}})
         assert folder.records() == []
 
