@@ -122,29 +122,24 @@ def find_checkpoint(config: DictConfig, model: Any, defense: Any = None, option:
                 f"has hardened: attack it without a defense, or leave the checkpoint out"
             )
         return checkpoint
-    trained = Path(config.folders.harden if defense else config.folders.train) / "best.ckpt"
+    command, state = ("harden", "hardened") if defense else ("train", "trained")
+    words = " ".join([f"muroan {command}", *own_overrides(*trained_without(defense))])
+    trained = Path(config.folders[command]) / "best.ckpt"
     if trained.is_file():
-        own = identity(config, "harden" if defense else "train")
-        if differing := other_training(trained.parent, own):
+        if differing := other_training(trained.parent, identity(config, command)):
             raise MuroanError(
                 f"{trained} is of another training ({differing}): train this one in another folder, or name the "
                 f"checkpoint with {option}=FILE"
             )
         if not (trained.parent / "summary.json").is_file():
-            command, state = ("harden", "hardened") if defense else ("train", "trained")
             raise MuroanError(
                 f"{trained} is of a model that is not {state} to the end: the same command goes on with it, "
-                f"`{' '.join([f'muroan {command}', *own_overrides(*trained_without(defense))])}`, or name it with "
-                f"{option}=FILE"
+                f"`{words}`, or name it with {option}=FILE"
             )
         return trained
     if not defense and model.pretrained:
         return None
-    command, state = ("harden", "hardened") if defense else ("train", "trained")
-    words = [f"muroan {command}", *own_overrides(*trained_without(defense))]
-    raise MuroanError(
-        f"no {state} model in {trained.parent}: run `{' '.join(words)}` first, or name one with {option}=FILE"
-    )
+    raise MuroanError(f"no {state} model in {trained.parent}: run `{words}` first, or name one with {option}=FILE")
 
 
 def trained_without(defense: Any) -> list[str]:
