@@ -216,8 +216,8 @@ def finish_certify(config: DictConfig, folder: CertificateFolder) -> None:
         if beyond:
             raise MuroanError(
                 f"certification.attacked: {run.folder} replaces parts of {', '.join(beyond)} in a way that the "
-                f"certificates say nothing about: attack with what they are made for, or certify without "
-                f"certification.deleted"
+                f"certificates say nothing about: attack with what they are made for (sound put to zero; "
+                f"words deleted, or certify without certification.deleted)"
             )
         found = broken(certificates, run.records)
         everything = float(robust_accuracy(certificates, run.records, [1.0])[0])
@@ -241,7 +241,7 @@ def transfer(config: DictConfig) -> None:
 
     devices = plain(config.device.devices)
     trainer = pl.Trainer(
-        accelerator=config.device.accelerator,
+        accelerator=trainer_options(config)["accelerator"],
         devices=devices[:1] if isinstance(devices, list) else 1,
         logger=False,
         enable_checkpointing=False,

@@ -91,12 +91,12 @@ def trainer_options(config: DictConfig) -> dict[str, Any]:
 
     if str(config.device.precision) not in PRECISIONS:
         raise MuroanError(f"device.precision must be one of {', '.join(PRECISIONS)}, got {config.device.precision!r}")
-    # The dataset shards itself: Lightning's sampler would repeat samples to make the shards equal.
     device = plain(config.device)
     if device["accelerator"] == "auto" and torch.backends.mps.is_available():
         device["accelerator"] = "cpu"  # what Apple's GPUs cannot do is float64, by which margins are compared
     return {
         **device,
+        # The dataset shards itself: Lightning's sampler would repeat samples to make the shards equal.
         "use_distributed_sampler": False,
         "enable_model_summary": False,
         "default_root_dir": config.out,
