@@ -203,6 +203,7 @@ class Hunt:
         self.budget = float("inf") if sample.threat_model.max_queries is None else sample.threat_model.max_queries
         self.asked = self.since = 0
         self.asking: list[np.ndarray] = []
+        self.valid: dict[bytes, bool] = {}  # what the dataset said of sets
         self.best: np.ndarray | None = None
         self.proven = False
         everything = np.ones(len(u.atoms), dtype=bool)
@@ -231,7 +232,7 @@ class Hunt:
         price = sets @ self.price
         if self.attack.objective != "parts":
             return price
-        return np.array([len(self.universe.parts(chosen)) for chosen in sets]) + price / 1000
+        return self.universe.count_parts(sets) + price / 1000
 
     @property
     def left(self) -> float:
@@ -260,7 +261,10 @@ class Hunt:
         if not self.attack.valid_only:
             return True
         assert self.sample.valid is not None
-        return self.sample.valid(self.universe.removal(chosen)) is True
+        key = chosen.tobytes()
+        if key not in self.valid:
+            self.valid[key] = self.sample.valid(self.universe.removal(chosen)) is True
+        return self.valid[key]
 
     def flips(self, response: Response) -> bool:
         return self.attack.reached(self.sample.label, response)

@@ -69,12 +69,23 @@ class Universe:
         for row, (first, last) in enumerate(spans):
             self.covers[row, first:last] = True
         # A root with parts is no region that an attack may name.
-        self._no_part = np.array([bool(p < 0 and c) for p, c in zip(self.parent, self.children, strict=True)])
+        self._covered = self.covers.T.astype(np.float32)
+        self._part = np.array([p >= 0 or not c for p, c in zip(self.parent, self.children, strict=True)])
+        self._above = np.array([row if p < 0 else p for row, p in enumerate(self.parent)])
+        self._below_root = np.array([p >= 0 for p in self.parent])
 
     def parts(self, chosen: np.ndarray) -> list[int]:
         """Rows of the largest regions below the roots that make up a set of atoms (A,): as few as there can be."""
-        whole = ~((self.covers & ~chosen).any(1) | self._no_part)
-        return [int(row) for row in np.flatnonzero(whole) if self.parent[row] < 0 or not whole[self.parent[row]]]
+        return np.flatnonzero(self._largest(chosen[None])[0]).tolist()
+
+    def count_parts(self, sets: np.ndarray) -> np.ndarray:
+        """(n,) how many `parts` each of the sets of atoms (n, A) has."""
+        return self._largest(sets).sum(1)
+
+    def _largest(self, sets: np.ndarray) -> np.ndarray:
+        """(n, N) bool, which regions are wholly in each set (n, A) and not part of another such."""
+        whole = self._part & ((~sets).astype(np.float32) @ self._covered == 0)
+        return whole & ~(self._below_root & whole[:, self._above])
 
     def removal(self, chosen: np.ndarray) -> Removal:
         """A set of atoms (A,) as the removal of its largest regions."""
