@@ -14,7 +14,7 @@ from test_compare import record, rows_of
 
 from muroan.errors import MuroanError
 from muroan.report import build
-from muroan.report.defenses import Grid, grids, latex, markdown, write
+from muroan.report.defenses import Grid, grids, latex, markdown, overview, write
 from muroan.results import RunFolder
 from muroan.runs import find_runs
 
@@ -33,10 +33,11 @@ def run(
     judged: bool = False,
     replacement: str = "zero",
     epochs: int = 3,
+    model: str = "m",
     **more: Any,
 ) -> None:
     """An attack on a model under a defence; outcomes as in test_compare: removed percent, 0 held, None wrong before."""
-    folder = RunFolder(path / f"{defense}-{attack}-{budget}-{seed}-{lr}-{epochs}")
+    folder = RunFolder(path / f"{defense}-{attack}-{budget}-{seed}-{lr}-{epochs}-{model}")
     weights = f"{defense}{seed}{lr}{epochs}"
     threat_model = {"max_queries": budget, "replacement": replacement}
     training = {"control": control, "cost": COST} if defense else None
@@ -49,7 +50,7 @@ def run(
                 "weights": weights,
             },
             "attack": attack,
-            "model": "m",
+            "model": model,
             "dataset": "d",
             "judged": judged or "still_valid" in more,
             "defense": defense,
@@ -98,7 +99,7 @@ def test_the_worst_case_by_hand(tmp_path: Path) -> None:
 
 
 def test_the_verdict_by_hand(tmp_path: Path) -> None:
-    (verdict,) = grid(small(tmp_path)).verdicts()
+    (verdict,) = grid(small(tmp_path)).verdicts
     assert verdict.control is not None
     assert verdict.control.name == "plain_training"
     assert verdict.beyond is not None
@@ -132,7 +133,7 @@ def test_verdicts(tmp_path: Path, hard: list[Any], control: list[Any], says: str
     run(tmp_path, "decoupling", hard, "hard")
     run(tmp_path, "decoupling", control, "plain_training", control=True)
     run(tmp_path, "decoupling", [1] * 30, "noise", control=True)
-    (verdict,) = grid(tmp_path).verdicts()
+    (verdict,) = grid(tmp_path).verdicts
     assert says in verdict.line
     assert f"hard {verdict.word} " in says
     assert verdict.beyond is not None
@@ -144,7 +145,7 @@ def test_of_equally_robust_controls_the_one_that_takes_larger_removals(tmp_path:
     run(tmp_path, "decoupling", [5] * 30, "hard")
     for name, size in (("a", 1), ("b", 3), ("c", 2)):
         run(tmp_path, "decoupling", [size] * 30, name, control=True)
-    (verdict,) = grid(tmp_path).verdicts()
+    (verdict,) = grid(tmp_path).verdicts
     assert (verdict.control.name, verdict.beyond.area["value"]) == ("b", pytest.approx(-20))  # type: ignore[union-attr]
 
 
@@ -167,7 +168,7 @@ def test_where_the_dataset_can_tell_valid_flips_decide(tmp_path: Path) -> None:
     assert found.worst(hard)["robust_to_valid"]["value"] == 100
     assert found.worst(control)["robust_to_valid"]["value"] == 0
     assert found.worst(hard)["robust_accuracy"]["value"] == 0
-    (verdict,) = found.verdicts()
+    (verdict,) = found.verdicts
     assert verdict.helped
     assert "robust accuracy to valid flips +100.0 points" in verdict.line
     assert "to all flips +0.0 points" in verdict.line
@@ -200,7 +201,7 @@ def test_a_sample_that_an_attack_has_not_seen_does_not_hold_against_it(tmp_path:
         run(tmp_path, "weak", [0] * 60, name, control)
         run(tmp_path, "strong", [1] * seen, name, control)
     found = grid(tmp_path)
-    (verdict,) = found.verdicts()
+    (verdict,) = found.verdicts
     assert verdict.beyond is not None
     assert (verdict.beyond.samples, verdict.beyond.robust["value"], verdict.word) == (20, 0.0, "did not help")
     assert [found.worst(d)["robust_accuracy"]["value"] for d in found.defenses] == [0.0, 0.0]
@@ -211,7 +212,7 @@ def test_every_control_has_to_be_beaten(tmp_path: Path) -> None:
     run(tmp_path, "decoupling", [0] * 40 + [1] * 60, "hard")
     run(tmp_path, "decoupling", [0] * 34 + [1] * 66, "near", control=True)
     run(tmp_path, "decoupling", [1] * 20 + [0] * 20 + [0] * 12 + [1] * 48, "far", control=True)
-    (verdict,) = grid(tmp_path).verdicts()
+    (verdict,) = grid(tmp_path).verdicts
     assert verdict.control is not None
     assert (verdict.control.name, verdict.word) == ("far", "did not help")
     # 2 P(at least 20 of 32), by hand: 0.2153.
@@ -222,10 +223,10 @@ def test_worse_than_one_of_several_controls_counts_them_all(tmp_path: Path) -> N
     """Six against none is p = 0.03 for one control, and 0.06 for the two that it was chosen from."""
     run(tmp_path, "decoupling", [1] * 6 + [0] * 10, "hard")
     run(tmp_path, "decoupling", [0] * 16, "a", control=True)
-    (verdict,) = grid(tmp_path).verdicts()
+    (verdict,) = grid(tmp_path).verdicts
     assert (verdict.word, verdict.p) == ("did worse", pytest.approx(2 / 2**6))
     run(tmp_path, "decoupling", [1] * 16, "b", control=True)
-    (verdict,) = grid(tmp_path).verdicts()
+    (verdict,) = grid(tmp_path).verdicts
     assert verdict.control is not None
     assert (verdict.control.name, verdict.word, verdict.p) == ("a", "did not help", pytest.approx(4 / 2**6))
 
@@ -233,10 +234,10 @@ def test_worse_than_one_of_several_controls_counts_them_all(tmp_path: Path) -> N
 def test_a_control_without_a_sample_in_common_withholds_the_verdict(tmp_path: Path) -> None:
     run(tmp_path, "decoupling", [0] * 30, "hard")
     run(tmp_path, "decoupling", [1] * 30, "plain_training", control=True)
-    (verdict,) = grid(tmp_path).verdicts()
+    (verdict,) = grid(tmp_path).verdicts
     assert verdict.helped
     run(tmp_path, "decoupling", [1] * 30, "noise", control=True, seed=5)
-    (verdict,) = grid(tmp_path).verdicts()
+    (verdict,) = grid(tmp_path).verdicts
     assert not verdict.helped
     assert "hard cannot be said to have helped beyond its controls" in verdict.line
     assert "not compared with noise, which share no sample" in verdict.line
@@ -245,10 +246,10 @@ def test_a_control_without_a_sample_in_common_withholds_the_verdict(tmp_path: Pa
 def test_larger_than_under_one_control_is_not_larger(tmp_path: Path) -> None:
     run(tmp_path, "decoupling", [3] * 30, "hard")
     run(tmp_path, "decoupling", [1] * 30, "a", control=True)
-    (verdict,) = grid(tmp_path).verdicts()
+    (verdict,) = grid(tmp_path).verdicts
     assert verdict.larger
     run(tmp_path, "decoupling", [4] * 30, "b", control=True)
-    (verdict,) = grid(tmp_path).verdicts()
+    (verdict,) = grid(tmp_path).verdicts
     assert not verdict.larger
 
 
@@ -257,7 +258,7 @@ def test_larger_flips_are_those_that_count(tmp_path: Path) -> None:
     for name, control, first in (("hard", False, 3), ("plain_training", True, 1)):
         run(tmp_path, "decoupling", [first] * 30, name, control, still_valid=False)
         run(tmp_path, "greedy", [5] * 30, name, control, still_valid=True)
-    (verdict,) = grid(tmp_path).verdicts()
+    (verdict,) = grid(tmp_path).verdicts
     assert verdict.beyond is not None
     assert (verdict.beyond.area["value"], verdict.beyond.larger["value"]) == (pytest.approx(-20), 0)
     assert "larger removals:" not in verdict.line
@@ -276,7 +277,7 @@ def test_an_attack_under_another_threat_model_is_another_one(tmp_path: Path) -> 
         "decoupling (threat_model.replacement=zero)",
         "greedy",
     ]
-    (verdict,) = found.verdicts()
+    (verdict,) = found.verdicts
     assert not verdict.helped
 
 
@@ -288,7 +289,7 @@ def test_models_of_other_training_are_no_match(tmp_path: Path) -> None:
     found = grid(tmp_path)
     names = ["undefended (training.epochs=3)", "undefended (training.epochs=5)", "plain_training", "hard"]
     assert [d.name for d in found.defenses] == names
-    (verdict,) = found.verdicts()
+    (verdict,) = found.verdicts
     assert "no control to compare with" in verdict.line
     assert verdict.undefended is not None, "the one of the same training"
 
@@ -298,18 +299,18 @@ def test_an_attack_on_more_seeds_takes_none_away(tmp_path: Path) -> None:
         run(tmp_path, "decoupling", [0] * 30, "hard", seed=seed)
         run(tmp_path, "decoupling", [1] * 30, "plain_training", control=True, seed=seed)
     run(tmp_path, "extra", [1] * 30, "plain_training", control=True, seed=0)
-    (verdict,) = grid(tmp_path).verdicts()
+    (verdict,) = grid(tmp_path).verdicts
     assert verdict.beyond is not None
     assert (verdict.beyond.samples, verdict.beyond.seeds) == (90, 3)
     run(tmp_path, "pgd", [1] * 30, "plain_training", control=True, seed=7, kind="perturbation")
-    (verdict,) = grid(tmp_path).verdicts()
+    (verdict,) = grid(tmp_path).verdicts
     assert verdict.beyond is not None
     assert (verdict.beyond.samples, verdict.beyond.seeds) == (90, 3)
 
 
 def test_without_a_control_no_claim_is_made(tmp_path: Path) -> None:
     run(tmp_path, "decoupling", [0, 0], "hard")
-    (verdict,) = grid(tmp_path).verdicts()
+    (verdict,) = grid(tmp_path).verdicts
     assert "no control to compare with, so that no claim can be made" in verdict.line
 
 
@@ -318,7 +319,7 @@ def test_seeds_are_paired_with_their_own(tmp_path: Path) -> None:
         run(tmp_path, "decoupling", hard, "hard", seed=seed)
         run(tmp_path, "decoupling", control, "plain_training", control=True, seed=seed)
     run(tmp_path, "decoupling", [1, 1], "plain_training", control=True, seed=7)
-    (verdict,) = grid(tmp_path).verdicts()
+    (verdict,) = grid(tmp_path).verdicts
     assert verdict.beyond is not None
     assert (verdict.beyond.samples, verdict.beyond.seeds) == (4, 2)
     assert verdict.beyond.robust["value"] == pytest.approx((50 - 50) / 2)
@@ -354,6 +355,36 @@ def test_the_report_has_the_grid(tmp_path: Path) -> None:
     run(tmp_path / "runs/again", "decoupling", [0, 1, 0, 0], "hard")
     page = build([tmp_path / "runs"], tmp_path / "out").read_text()
     assert "There is no table of defences: hard, decoupling: 2 runs with the seeds 0, 0" in page
+
+
+def test_several_models_have_an_overview(tmp_path: Path) -> None:
+    twelve = [1, 2] * 6
+    run(tmp_path, "decoupling", twelve)
+    run(tmp_path, "decoupling", twelve, "plain_training", control=True)
+    run(tmp_path, "decoupling", [0] * 12, "hard")
+    run(tmp_path, "decoupling", twelve, "other", lr=0.2)
+    run(tmp_path, "decoupling", [1, 0, 0, None], model="n")
+    run(tmp_path, "decoupling", [0, 0, 0, 0], "plain_training", control=True, model="n")
+    run(tmp_path, "decoupling", [1, 1, 1, 1], "hard", model="n")
+    run(tmp_path, "decoupling", [0] * 12, "plain_training", control=True, model="k", still_valid=False)
+    run(tmp_path, "decoupling", [1] * 12, "hard", model="k", still_valid=False)
+    found = grids(find_runs([tmp_path]))
+    assert overview(found) == [
+        ["defence", "d · k", "d · m", "d · n"],
+        ["undefended", "", "0.0", "50.0"],
+        ["plain_training (control)", "100.0", "0.0", "100.0"],
+        ["hard", "100.0", "100.0 +", "0.0"],  # of k no flip leaves the label right; of n there are too few to tell
+        ["other", "", "0.0", ""],
+    ]
+    text, tex = markdown(found), latex(found)
+    page = build([tmp_path], tmp_path / "out").read_text()
+    assert page.index("What each defence leaves of each model") < page.index("<h3>d · k</h3>")
+    assert "<td>100.0 +</td>" in page
+    assert text.startswith("### All models\n")
+    assert ["hard", "100.0", "100.0 +", "0.0"] in rows_of(text)
+    assert tex.count(r"\begin{tabular}") == 4
+    run(tmp_path, "decoupling", [1] * 12, "worse", model="k", still_valid=True)
+    assert ["worse", "0.0 -", "", ""] in overview(grids(find_runs([tmp_path])))
 
 
 def test_files(tmp_path: Path) -> None:

@@ -278,6 +278,7 @@ class Grid:
         found = pooled(robust), pooled(valid), pooled(area), pooled(larger)
         return Difference(*found, p, p_larger, samples, len(robust))
 
+    @cached_property
     def verdicts(self) -> list[Verdict]:
         """One for each defence that is no control."""
         found = []
@@ -357,7 +358,11 @@ def _defenses(runs: Sequence[Run]) -> list[Defended]:
         control = any((run.about.get("training") or {}).get("control") for run in group)
         rows = {name: Row(tuple(_one_a_seed(names[key], name, own)), name) for name, own in sorted(attacks.items())}
         found.append(Defended(names[key], control, rows, not group[0].about.get("defense"), _base(group[0])))
-    return sorted(found, key=lambda d: (not d.undefended, not d.control, d.name))
+    return sorted(found, key=_place)
+
+
+def _place(defense: Defended) -> tuple[bool, bool, str]:
+    return not defense.undefended, not defense.control, defense.name
 
 
 def _one_a_seed(defense: str, attack: str, runs: Sequence[Run]) -> list[Run]:
@@ -481,9 +486,13 @@ HEAD += [f"curve area, {WORST} (%)"]
 COST = ["training samples", "attack passes", "seconds"]
 
 
+def _title(defense: Defended) -> str:
+    return defense.name + (" (control)" if defense.control else "")
+
+
 def _cells(grid: Grid, defense: Defended) -> list[str]:
     worst = grid.worst(defense)
-    cells = [defense.name + (" (control)" if defense.control else "")]
+    cells = [_title(defense)]
     for estimate in worst.values():
         span = interval(estimate, "rate")
         cells.append(figure(estimate["value"], "rate") + (f" [{span}]" if span else ""))
@@ -518,26 +527,50 @@ def table(grid: Grid) -> list[list[str]]:
     return [[*HEAD, *grid.attacks, *COST], *(_cells(grid, defense) for defense in grid.defenses)]
 
 
+OVERVIEW = (
+    f"What each defence leaves of each model under all removal attacks together: robust accuracy ({WORST}), in "
+    "percent, to valid flips where the dataset can tell, else to all. With a +: it helped beyond every control, beyond "
+    "chance; with a -: it did worse than a control."
+)
+
+
+def overview(found: Sequence[Grid]) -> list[list[str]]:
+    """Several grids in one: the headings, then a row a defence and a column a model."""
+    marks = {"helped": " +", "did worse": " -"}
+    columns: list[dict[str, str]] = []
+    for grid in found:
+        said = {verdict.defense.name: marks.get(verdict.word, "") for verdict in grid.verdicts}
+        held = {d.name: grid.worst(d)["robust_to_valid" if d.judged else "robust_accuracy"] for d in grid.defenses}
+        columns.append({name: figure(e["value"], "rate") + said.get(name, "") for name, e in held.items()})
+    every = sorted({d.name: d for grid in found for d in grid.defenses}.values(), key=_place)
+    rows = [[_title(d), *(column.get(d.name, "") for column in columns)] for d in every]
+    return [["defence", *(grid.name for grid in found)], *rows]
+
+
 def markdown(found: Sequence[Grid]) -> str:
-    """The grids with the verdicts in Markdown."""
+    """The grids with the verdicts in Markdown, several with an overview before them."""
     parts = []
+    if len(found) > 1:
+        shown = markdown_table([[escaped(cell) for cell in row] for row in overview(found)])
+        parts.append(f"### All models\n\n{shown}\n{OVERVIEW}\n")
     for grid in found:
         shown = markdown_table([[escaped(cell) for cell in row] for row in table(grid)])
-        lines = "".join(f"- {escaped(verdict.line)}\n" for verdict in grid.verdicts())
+        lines = "".join(f"- {escaped(verdict.line)}\n" for verdict in grid.verdicts)
         parts.append(f"### {escaped(grid.name)}\n\n{shown}\n{lines}")
     return "\n".join([*parts, NOTE, ""])
 
 
 def latex(found: Sequence[Grid]) -> str:
     """The same in LaTeX, for a document with the package booktabs."""
+    each = [(grid.name, table(grid), [*(verdict.line for verdict in grid.verdicts), NOTE]) for grid in found]
+    if len(found) > 1:
+        each.insert(0, ("All models", overview(found), [OVERVIEW]))
     tables = []
-    for grid in found:
-        heads, *rows = table(grid)
+    for caption, (heads, *rows), notes in each:
         head = [" & ".join(rf"\rotatebox{{60}}{{{tex(cell)}}}" for cell in heads) + r" \\"]
         body = [" & ".join(map(tex, row)) + r" \\" for row in rows]
-        notes = [*(verdict.line for verdict in grid.verdicts()), NOTE]
         style = r"\scriptsize\setlength{\tabcolsep}{3pt}"
-        tables.append(latex_table(grid.name, "l" + "r" * (len(heads) - 1), head, body, notes, style))
+        tables.append(latex_table(caption, "l" + "r" * (len(heads) - 1), head, body, notes, style))
     return "% Needs the packages booktabs and graphicx.\n" + "\n".join(tables)
 
 
@@ -550,7 +583,7 @@ def _lines(found: Sequence[Grid]) -> list[list[object]]:
     head += [*costs, "verdict", "larger"]
     lines = [head]
     for grid in found:
-        verdicts = {verdict.defense.name: verdict for verdict in grid.verdicts()}
+        verdicts = {verdict.defense.name: verdict for verdict in grid.verdicts}
         for defense in grid.defenses:
             cost = defense.cost()
             paid = [cost.get(key, "") for key in costs]
