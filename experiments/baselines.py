@@ -70,7 +70,7 @@ def main() -> None:
     table = Table("baselines", caption, [METRICS[name] for name in SHOWN], entries, known=KNOWN)
     table.drawn = lambda row: row.runs[0].kind == "removal"
     write(table)
-    folders = [cell.folder for row in table.rows for cell in row.cells]  # the seeds that all attacks on a model share
+    folders = [cell.folder for entry in entries for cell in entry.cells if cell.run is not None]
     if folders:
         print(compare.write(folders, OUT / "baselines/compare"))
 

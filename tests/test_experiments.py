@@ -9,6 +9,7 @@ import runpy
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 from conftest import ROOT, environment
 from PIL import Image
 
+from muroan.attacks.base import Kind
 from muroan.certification import CertificateFolder, summarise
 from muroan.metrics import columns
 from muroan.report.cells import METRICS, Cell, Entry, Known, Table, columns_within, read_cell, side_by_side
@@ -37,7 +39,13 @@ def record(index: int, seen: Seen, queries: int = 60) -> AttackResult:
 
 
 def write_cell(
-    path: Path, seen: list[Seen], attack: str = "a", seed: int = 0, finish: bool = True, **more: int
+    path: Path,
+    seen: list[Seen],
+    attack: str = "a",
+    seed: int = 0,
+    finish: bool = True,
+    kind: Kind = "removal",
+    **more: int,
 ) -> Cell:
     """A cell as its folder has it, of a sweep that wants budget 500."""
     identity = {"budget": 500, "seed": seed}
@@ -45,7 +53,7 @@ def write_cell(
     about = {"identity": {**identity, "weights": "w", **more}, "attack": attack, "model": "m", "dataset": "d"}
     folder.start({**about, "classes": ["no", "yes"], "seed": seed})
     for index, one in enumerate(seen):
-        folder.append(record(index, one))
+        folder.append(replace(record(index, one), kind=kind))
     folder.close()
     if finish:
         folder.finish()
@@ -122,6 +130,16 @@ class TestCells:
             "missing in d · m, not run: seed 1 of b",
             "d · m: seed 1 is left out, since not all rows have it.",
         ]
+
+    def test_seeds_are_shared_within_a_kind(self, tmp_path):
+        first = write_cell(tmp_path, SECOND, "b", 0, kind="perturbation")
+        values = Entry("d · m", "b", (first, absent(tmp_path, "b", 1)))
+        less = Entry("d · m", "c", (write_cell(tmp_path, SECOND, "c", 1, kind="perturbation"),))
+        assert [row.seeds for row in side_by_side([both(tmp_path), values])[0]] == [[0, 1], [0]]
+        rows, notes = side_by_side([both(tmp_path), values, less])
+        assert [row.seeds for row in rows] == [[0, 1], [0], [1]]
+        (note,) = (note for note in notes if "missing" not in note)
+        assert note.startswith("d · m, value-choosing attacks (stronger threat model): the rows have no seed in common")
 
     def test_a_row_without_any_cell_takes_no_seed_from_the_others(self, tmp_path):
         none = Entry("d · m", "b", (absent(tmp_path, "b", 0), absent(tmp_path, "b", 1)))

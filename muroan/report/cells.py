@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from muroan.attacks.base import Kind
 from muroan.metrics import pooled
 from muroan.report import plots
 from muroan.report.compare import (
@@ -156,21 +157,27 @@ def columns_within(run: Run, queries: int) -> dict[str, tuple[np.ndarray, str]]:
 
 
 def side_by_side(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
-    """The entries that have runs, those of a group on the seeds that all of them have; and notes on what is left out.
+    """The entries that have runs, and notes on what is left out.
 
-    A mean over three seeds beside the figure of one says something about the seeds.
+    Those of a group and kind are on the seeds that all of them have: a mean over three seeds beside the figure of one
+    says something about the seeds.
     """
     kept, notes = [], _missing(entries)
     for group, members in groupby(entries, key=lambda entry: entry.group):
-        rows = [entry for entry in members if entry.runs]
-        common = set(rows[0].seeds).intersection(*(row.seeds for row in rows)) if rows else set()
-        if rows and not common:
-            notes.append(f"{group}: the rows have no seed in common; each is over its own.")
-        elif left := sorted({seed for row in rows for seed in row.seeds} - common):
-            notes.append(f"{group}: seed {_listed(left)} is left out, since not all rows have it.")
-        for row in rows:
-            cells = tuple(cell for cell in row.cells if cell.run is not None and (cell.seed in common or not common))
-            kept.append(replace(row, cells=cells))
+        kinds: dict[Kind, list[Entry]] = {}
+        for entry in members:
+            if entry.runs:
+                kinds.setdefault(entry.runs[0].kind, []).append(entry)
+        for kind, rows in kinds.items():
+            common = set(rows[0].seeds).intersection(*(row.seeds for row in rows))
+            where = f"{group}, {HEADINGS[kind]}" if len(kinds) > 1 else group
+            if not common:
+                notes.append(f"{where}: the rows have no seed in common; each is over its own.")
+            elif left := sorted({seed for row in rows for seed in row.seeds} - common):
+                notes.append(f"{where}: seed {_listed(left)} is left out, since not all rows have it.")
+            for row in rows:
+                found = (cell for cell in row.cells if cell.run is not None)
+                kept.append(replace(row, cells=tuple(cell for cell in found if cell.seed in common or not common)))
     return kept, notes
 
 
