@@ -18,7 +18,8 @@ from sweep import OUT, TRAINED, Sweep, command, muroan
 from muroan.certification import CertificateFolder, summarise
 from muroan.cli.jobs import planned
 from muroan.report.cells import Cell
-from muroan.report.tables import figure, markdown_table, write_csv
+from muroan.report.markup import markdown_table, write_csv
+from muroan.report.tables import figure
 
 # What an element is, and what is kept: pixels, samples of sound and tokens, as conf/defense/mmcert.yaml has it; or
 # squares, stretches of 10 ms, and a fixed number of tokens, which an attacker can only delete.

@@ -15,7 +15,8 @@ from typing import Any
 from sweep import OUT, Sweep, command
 
 from muroan.report.cells import Cell
-from muroan.report.tables import figure, markdown_table, write_csv
+from muroan.report.markup import markdown_table, write_csv
+from muroan.report.tables import figure
 from muroan.results import AttackResult
 
 CAPTION = (

@@ -6,7 +6,8 @@ from statistics import mean
 
 from sweep import OUT, Sweep, command
 
-from muroan.report.tables import figure, markdown_table, write_csv
+from muroan.report.markup import markdown_table, write_csv
+from muroan.report.tables import figure
 
 MODALITIES = {"easy_vqa": ["image", "text"], "digit_sum": ["image", "audio"]}
 CAPTION = "Test accuracy of the same model trained on each modality alone and on all of them; means over the seeds."

@@ -22,11 +22,12 @@ from scipy.stats import binomtest, wilcoxon
 from muroan.errors import MuroanError
 from muroan.metrics import bootstrap, pooled, summarise
 from muroan.report import build
-from muroan.report.compare import STEPS, Comparison, compare, holm, latex, markdown, over_seeds, sign_flip, write
+from muroan.report.compare import Comparison, compare, latex, markdown, write
+from muroan.report.markup import tex
 from muroan.report.plots import success_at, success_band
 from muroan.report.runs import compare as compare_runs
 from muroan.report.runs import flip_queries, flip_sizes
-from muroan.report.tables import tex
+from muroan.report.significance import STEPS, holm, over_seeds, sign_flip
 from muroan.results import AttackResult, Count, RunFolder
 from muroan.runs import find_runs
 

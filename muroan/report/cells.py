@@ -19,17 +19,8 @@ import numpy as np
 from muroan.attacks.base import Kind
 from muroan.metrics import pooled
 from muroan.report import plots
-from muroan.report.compare import (
-    HEADINGS,
-    INTERVALS,
-    Estimate,
-    Grid,
-    Line,
-    Row,
-    latex_grid,
-    markdown_grid,
-    write_csv,
-)
+from muroan.report.compare import HEADINGS, INTERVALS, Estimate, Row
+from muroan.report.markup import Grid, Line, latex_grid, markdown_grid, write_csv
 from muroan.report.tables import DEFINITIONS, MAIN, SEARCH, Column, figure, interval, present
 from muroan.results import RunFolder
 from muroan.runs import Run, find_runs

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,26 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest
 
 from muroan.metrics import columns, pooled
 from muroan.report import plots
+from muroan.report.markup import Grid, Line, latex_grid, markdown_grid, write_csv
 from muroan.report.runs import area_differences, shared, success_differences
-from muroan.report.tables import (
-    DEFINITIONS,
-    MAIN,
-    SEARCH,
-    by_modality,
-    escaped,
-    figure,
-    interval,
-    latex_table,
-    markdown_table,
-    present,
-    tex,
-    whole,
-    write_csv,
-)
+from muroan.report.significance import holm, over_seeds, probability, sign_flip
+from muroan.report.tables import DEFINITIONS, MAIN, SEARCH, by_modality, figure, interval, present, whole
 from muroan.report.tables import Column as Metric
 from muroan.results import Kind
 from muroan.runs import KINDS, Run, differences, find_runs
@@ -54,10 +40,6 @@ COST = [_METRICS[name] for name in ("queries", "forwards", "backwards")]
 # Shown with theirs; the CSV has all.
 INTERVALS = ["clean_accuracy", "robust_accuracy", "attack_success_rate", "valid_success_rate", "curve_area"]
 INTERVALS += ["decoupled_fraction_mean"]
-
-STEPS = 20_000  # in which the sum of all paired differences is counted, and at least so many a difference:
-FINE = 10
-LARGE = 10_000  # differences, beyond which counting takes too long
 
 
 @dataclass(frozen=True)
@@ -378,64 +360,7 @@ def _named(group: Sequence[Row]) -> list[Row]:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Figures over seeds, and tests
-
-
-def sign_flip(differences: np.ndarray) -> float:
-    """Two-sided p value of a sum of paired differences, if either of two attacks were as likely to be the better one.
-
-    All flips of their signs are counted, of the differences as multiples of a 20,000th of the sum of their sizes, or
-    less where they are many (Pagano and Tritchler, JASA 1983). Of differences of one size this is the exact McNemar
-    test. Of more than 10,000 of several sizes p is that of the normal distribution, which the sum then follows.
-
-    Args:
-        differences: (N,) weighted so that their sum is the figure tested.
-
-    >>> sign_flip(np.array([3.0, 1.0, 0.0, 2.0]))
-    0.25
-    """
-    total = np.abs(differences).sum()
-    if total == 0:
-        return 1.0
-    sizes = np.abs(differences[differences != 0])
-    if len(sizes) > LARGE:
-        if np.ptp(sizes) < 1e-9 * sizes[0]:
-            return float(binomtest(int((differences > 0).sum()), len(sizes)).pvalue)
-        return math.erfc(abs(differences.sum()) / math.sqrt(2 * (sizes**2).sum()))
-    units = np.rint(differences / total * max(STEPS, FINE * len(differences))).astype(int)
-    seen, most = abs(units.sum()), int(np.abs(units).sum())
-    chance = np.zeros(most + 1)  # of each sum of the sizes whose sign is up
-    chance[0] = 1
-    for size in np.abs(units[units != 0]):
-        chance *= 0.5
-        chance[size:] += chance[:-size].copy()
-    sums = np.abs(2 * np.arange(most + 1) - most)
-    return min(1.0, float(chance[sums >= seen].sum()))
-
-
-def over_seeds(seeds: Sequence[Mapping[Any, float]]) -> np.ndarray:
-    """(N,) what each sample adds to the mean over seeds: each seed counts the same, however many samples it has.
-
-    The signs of a sample's differences in several seeds are flipped together: they are no independent observations.
-    """
-    found: dict[Any, float] = {}
-    for column in seeds:
-        for key, value in column.items():
-            found[key] = found.get(key, 0.0) + value / len(column) / len(seeds)
-    return np.array(list(found.values()))
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """The p values after Holm's correction.
-
-    >>> holm([0.01, 0.04, 0.03])
-    [0.03, 0.06, 0.06]
-    """
-    corrected, largest = [0.0] * len(p), 0.0
-    for rank, place in enumerate(sorted(range(len(p)), key=p.__getitem__)):
-        largest = max(largest, min(1.0, (len(p) - rank) * p[place]))
-        corrected[place] = largest
-    return corrected
+# Paired tests
 
 
 def _matches(target: Target) -> list[tuple[Row, Row]]:
@@ -513,33 +438,6 @@ def _warnings(pairs: Iterable[Pair]) -> list[str]:
 # Tables
 
 
-@dataclass(frozen=True)
-class Line:
-    """A line of a table: a heading over the lines below it, or cells.
-
-    Attributes:
-        level: 0 for the name of a target, 1 for a kind of attack, 2 for cells.
-    """
-
-    level: int
-    cells: list[str]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table as text, before it is Markdown or LaTeX.
-
-    Attributes:
-        heads: one a column; `group, part (unit)` where columns have a group.
-        texts: how many columns, from the left, are words.
-    """
-
-    caption: str
-    heads: list[str]
-    lines: list[Line]
-    texts: int = 1
-
-
 def grids(comparison: Comparison) -> list[Grid]:
     """The table of attacks in two parts, what they reach and what it takes, and the paired tests."""
     runs = comparison.runs
@@ -611,17 +509,6 @@ def _by_pair(pairs: Sequence[Pair]) -> Grid:
     return Grid(caption, heads, lines, texts=2)
 
 
-def probability(p: float) -> str:
-    """A p value as text.
-
-    >>> probability(0.00002), probability(0.0123), probability(0.5)
-    ('< 0.001', '0.012', '0.50')
-    """
-    if p < 0.001:
-        return "< 0.001"
-    return f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
-
-
 def _terms(comparison: Comparison) -> dict[str, str]:
     """What the words in the tables mean."""
     used = {m.heading.split(",")[0] for m in present([*OUTCOME, *SIZE, *COST], comparison.runs)}
@@ -645,65 +532,11 @@ def markdown(comparison: Comparison) -> str:
     return "\n".join([*tables, *(f"{text}\n" for text in said), terms])
 
 
-def markdown_grid(grid: Grid) -> str:
-    marks = {0: "**{}**", 1: "*{}*", 2: "{}"}
-    groups = ["", *(head.partition(", ")[0] for head in grid.heads)]
-    # A group is named once, over its first column.
-    rows = [[h.removeprefix(f"{last}, ") for h, last in zip(grid.heads, groups, strict=False)]]
-    for line in grid.lines:
-        first, *others = map(escaped, line.cells)
-        rows.append([marks[line.level].format(first), *others, *[""] * (len(grid.heads) - len(line.cells))])
-    return markdown_table(rows, grid.texts)
-
-
 def latex(comparison: Comparison) -> str:
     r"""All tables in LaTeX: a file to `\input` into a document that uses the package booktabs."""
     said = [f"Warning: {text}" for text in comparison.warnings] + comparison.notes
     parts = [latex_grid(grid, said if place == 0 else []) for place, grid in enumerate(grids(comparison))]
     return "\n".join(["% Written by `muroan compare`; needs \\usepackage{booktabs}\n", *parts])
-
-
-def latex_grid(grid: Grid, notes: Sequence[str]) -> str:
-    width = len(grid.heads)
-    uppers, lowers = zip(*map(_stacked, grid.heads), strict=True)
-    upper, rules, start = [], [], 1
-    for name, members in itertools.groupby(uppers):
-        count = len(list(members))
-        if name and count > 1:
-            upper.append(rf"\multicolumn{{{count}}}{{c}}{{{tex(name)}}}")
-            rules.append(rf"\cmidrule(lr){{{start}-{start + count - 1}}}")
-        else:
-            upper += [tex(name)] * count
-        start += count
-    lines = []
-    for line in grid.lines:
-        first, *others = map(_tex_cell, line.cells)
-        if line.level == 2:
-            lines.append(" & ".join([rf"\quad {first}", *others]) + r" \\")
-        else:
-            style = r"\textbf" if line.level == 0 else r"\emph"
-            if line.level == 0 and lines:
-                lines.append(r"\midrule")
-            lines.append(rf"\multicolumn{{{width}}}{{l}}{{{style}{{{first}}}}} \\")
-    head = [" & ".join(upper) + r" \\", *(["".join(rules)] if rules else []), " & ".join(map(tex, lowers)) + r" \\"]
-    columns = "l" * grid.texts + "r" * (width - grid.texts)
-    return latex_table(grid.caption, columns, head, lines, notes, r"\scriptsize\setlength{\tabcolsep}{2.5pt}")
-
-
-def _stacked(head: str) -> tuple[str, str]:
-    """A heading in two lines: its group and part, or all but its last word and that."""
-    if ", " in head:
-        group, _, part = head.partition(", ")
-        return group, part
-    words, bracket, unit = head.partition(" (")
-    first, _, last = words.rpartition(" ")
-    return first, f"{last}{bracket}{unit}"
-
-
-def _tex_cell(text: str) -> str:
-    """A cell; the sign of a negative number is a minus, not a hyphen."""
-    numeric = bool(text) and set(text) <= set("0123456789.,-[] \u202f")
-    return tex(text).replace("-", "$-$") if numeric else tex(text)
 
 
 def _figures(rows: Iterable[Row]) -> list[list[object]]:

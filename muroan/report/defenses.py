@@ -14,8 +14,10 @@ import numpy as np
 from muroan.errors import MuroanError
 from muroan.metrics import curve_score, pooled
 from muroan.report import plots
-from muroan.report.compare import Estimate, Row, holm, over_seeds, probability, sign_flip
-from muroan.report.tables import escaped, figure, interval, latex_table, markdown_table, tex, whole, write_csv
+from muroan.report.compare import Estimate, Row
+from muroan.report.markup import escaped, latex_table, markdown_table, tex, write_csv
+from muroan.report.significance import holm, over_seeds, probability, sign_flip
+from muroan.report.tables import figure, interval, whole
 from muroan.runs import Run, find_runs, flat
 
 UNDEFENDED = "undefended"

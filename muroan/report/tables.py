@@ -1,16 +1,14 @@
-"""What the figures of a report are called, how they are written, and the tables that hold them."""
+"""What the figures of a report are called, how they are written, and the tables of one attack."""
 
 from __future__ import annotations
 
-import csv
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from muroan.metrics import CURVE_LIMIT
+from muroan.report.markup import escaped
 from muroan.report.runs import Comparison
 from muroan.runs import KINDS, Run
 
@@ -157,96 +155,6 @@ def cell(run: Run, column: Column) -> tuple[str, str]:
     """A metric of a run and its interval, as text."""
     estimate = run.summary.get(column.metric, {})
     return figure(estimate.get("value"), column.unit), interval(estimate, column.unit)
-
-
-def escaped(text: str) -> str:
-    """A name as one cell of a Markdown table."""
-    text = text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
-    return re.sub(r"<(?=\S)", "&lt;", text)  # before a space it opens no tag
-
-
-_TEX = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    "·": r"$\cdot$",
-    "–": "--",
-    "\u202f": r"\,",
-    "\n": " ",
-    # At the start of a line these would be arguments of the line's end before it.
-    "[": "{[}",
-    "*": "{*}",
-    **{c: f"\\{c}" for c in "&%$#_{}"},
-}
-
-
-def tex(text: str) -> str:
-    r"""A text with nothing in it that LaTeX would read as a command.
-
-    >>> print(tex("a_b 50%"))
-    a\_b 50\%
-    """
-    return "".join(_TEX.get(c, c) for c in text)
-
-
-def latex_table(
-    caption: str, columns: str, head: Sequence[str], body: Sequence[str], notes: Sequence[str] = (), style: str = ""
-) -> str:
-    """A table in LaTeX with the rules of the package booktabs.
-
-    Args:
-        caption, notes: plain text, above and below the table.
-        columns: their alignment, such as `lrr`.
-        head, body: lines of LaTeX.
-        style: LaTeX commands for the size of type and the room between columns.
-    """
-    return "\n".join(
-        [
-            r"\begin{table}[htbp]",
-            rf"\centering{style}\setlength{{\belowcaptionskip}}{{6pt}}",
-            rf"\caption{{{tex(caption)}}}",
-            r"\makebox[\textwidth][c]{%",
-            rf"\begin{{tabular}}{{{columns}}}",
-            r"\toprule",
-            *head,
-            r"\midrule",
-            *body,
-            r"\bottomrule",
-            r"\end{tabular}}",
-            *(rf"\par\smallskip\parbox{{\textwidth}}{{\footnotesize {tex(note)}}}" for note in notes),
-            r"\end{table}",
-            "",
-        ]
-    )
-
-
-def markdown_table(rows: Sequence[Sequence[str]], texts: int = 1) -> str:
-    """A table in Markdown whose columns line up as plain text, too.
-
-    Args:
-        rows: cells, the headings first.
-        texts: how many columns, from the left, are words; the others are figures, and flush right.
-    """
-    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
-    rule = [":" + "-" * (w - 1) if place < texts else "-" * (w - 1) + ":" for place, w in enumerate(widths)]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [
-            cell.ljust(width) if place < texts else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return f"| {' | '.join(padded)} |\n"
-
-    return "".join(map(line, [rows[0], rule, *rows[1:]]))
-
-
-def write_csv(path: Path, lines: Sequence[Sequence[object]]) -> None:
-    """Numbers in full; an empty cell where there is nothing to measure."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows(lines)
 
 
 def markdown(runs: Sequence[Run]) -> str:

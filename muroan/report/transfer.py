@@ -15,18 +15,9 @@ from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from muroan.report.markup import escaped, latex_table, markdown_table, tex, write_csv
 from muroan.report.plots import INK, MUTED, PAPER
-from muroan.report.tables import (
-    DEFINITIONS,
-    escaped,
-    figure,
-    interval,
-    latex_table,
-    markdown_table,
-    tex,
-    whole,
-    write_csv,
-)
+from muroan.report.tables import DEFINITIONS, figure, interval, whole
 from muroan.transfer import Cell, Matrix
 
 RATE = (
