@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import muroan
 from muroan.attacks.base import Attack, Perturbation, ThreatModel
 from muroan.attacks.corruptions import AudioNoise, Corruption, GaussianNoise, SaltAndPepper, WordMasking
 from muroan.attacks.exhaustive import Exhaustive, ascending
-from muroan.attacks.greedy import ranked
+from muroan.attacks.greedy import lowest, ranked
 from muroan.attacks.greedy_occlusion import GreedyOcclusion
 from muroan.attacks.leave_one_out import LeaveOneOut
 from muroan.attacks.missing_modality import MissingModality
@@ -65,6 +66,11 @@ PIXELS, WORDS = [1, 5, 2, 2, 0.5, 0.1], [3, 0.2, 4, 0.1]  # 17.9 in all
 def test_margins_that_are_equal_up_to_rounding_go_by_position():
     assert ranked([0.5, 0.2 + 4e-6, 0.2, 0.1, 0.2 - 4e-6]).tolist() == [3, 1, 2, 4, 0]
     assert ranked([]).tolist() == []
+
+
+@given(st.lists(st.sampled_from([-math.inf, 0.0, 4e-6, 1e-5, 1.2e-5, 2e-5, 0.3, math.inf]), min_size=1, max_size=8))
+def test_the_lowest_is_the_first_of_the_ranked(values: list[float]) -> None:
+    assert lowest(np.array(values)) == ranked(values)[0]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])

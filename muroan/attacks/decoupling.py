@@ -11,7 +11,7 @@ import numpy as np
 from scipy.special import log_ndtr
 
 from muroan.attacks.base import Ask, Attack, AttackedSample, BudgetExhausted, Response, Search
-from muroan.attacks.greedy import ranked
+from muroan.attacks.greedy import lowest, ranked
 from muroan.attacks.universe import Universe, ascending
 from muroan.errors import MuroanError
 
@@ -248,23 +248,25 @@ class Hunt:
     def ask(self, sets: Sequence[np.ndarray], phase: str, until_flip: bool = False) -> Asking:
         """Ask those of the sets (A,) that are not known yet."""
         fresh = {chosen.tobytes(): chosen for chosen in sets if chosen.tobytes() not in self.rows}
-        self.asking = [chosen for chosen in fresh.values() if self.allowed(chosen)]
+        self.asking = self.allowed(list(fresh.values()))
         if self.asking:
-            removals = [self.universe.removal(chosen) for chosen in self.asking]
+            removals = self.universe.removals(np.array(self.asking))
             until = self.flips if until_flip else None
             self.learn(self.asking, (yield Ask(removals, phase, until)))
             if self.attack.first and self.best is not None:
                 raise Enough
         self.asking = []
 
-    def allowed(self, chosen: np.ndarray) -> bool:
+    def allowed(self, sets: list[np.ndarray]) -> list[np.ndarray]:
+        """Those of the sets (A,) that may be asked."""
         if not self.attack.valid_only:
-            return True
+            return sets
         assert self.sample.valid is not None
-        key = chosen.tobytes()
-        if key not in self.valid:
-            self.valid[key] = self.sample.valid(self.universe.removal(chosen)) is True
-        return self.valid[key]
+        new = {key: chosen for chosen in sets if (key := chosen.tobytes()) not in self.valid}
+        if new:
+            removals = self.universe.removals(np.array(list(new.values())))
+            self.valid |= {key: self.sample.valid(r) is True for key, r in zip(new, removals, strict=True)}
+        return [chosen for chosen in sets if self.valid[chosen.tobytes()]]
 
     def flips(self, response: Response) -> bool:
         return self.attack.reached(self.sample.label, response)
@@ -473,7 +475,7 @@ class Hunt:
             most = int((np.cumsum(self.price[order]) < self.bound - 1e-9).sum())
             chosen = np.zeros_like(best)
             chosen[order[: min(int(flips.argmax()) + 1, most) if flips.any() else most]] = True
-            if chosen.tobytes() not in self.rows and self.allowed(chosen):
+            if chosen.tobytes() not in self.rows and self.allowed([chosen]):
                 found[chosen.tobytes()] = chosen
             if len(found) >= min(ROUND, self.left):
                 break
@@ -584,7 +586,7 @@ class Hunt:
         predicted[worth] = self.distances[pool][rows] - (np.tile(effect, 2) * sign)[moves] * moved[worth]
         deviation = np.sqrt(np.tile(u.covers @ variance, 2)[moves] * moved[worth])
         score = np.full(cost.shape, -np.inf)
-        score[worth] = self.score(predicted[worth], deviation, cost[worth])
+        score[worth] = self.worth_of(cost[worth]) + log_ndtr(-predicted[worth] / deviation)
         flat = score.ravel()
         many = min(SHORT, flat.size)
         found: dict[bytes, tuple[np.ndarray, int, int, float]] = {}
@@ -593,23 +595,31 @@ class Hunt:
             top = top[ranked(-flat[top])]
             if flat[top[0]] == -np.inf:
                 break
-            for place in top[flat[top] > -np.inf]:
-                row, move = pool[place // (2 * len(u.regions))], place % (2 * len(u.regions))
-                region = u.covers[move % len(u.regions)]
-                chosen = self.sets[row] | region if move < len(u.regions) else self.sets[row] & ~region
-                key = chosen.tobytes()
-                if key in self.rows or key in found or not self.allowed(chosen):
-                    self.tried[row, move] = True
-                    flat[place] = -np.inf
+            top = top[flat[top] > -np.inf]
+            made, moved_by = pool[top // (2 * len(u.regions))], top % (2 * len(u.regions))
+            sets, regions = self.sets[made], u.covers[moved_by % len(u.regions)]
+            sets = np.where((moved_by < len(u.regions))[:, None], sets | regions, sets & ~regions)
+            keys = [chosen.tobytes() for chosen in sets]
+            new = {key: chosen for key, chosen in zip(keys, sets, strict=True) if key not in self.rows}
+            new = {chosen.tobytes(): chosen for chosen in self.allowed(list(new.values()))}
+            known = []
+            for place, key, row, move in zip(top.tolist(), keys, made.tolist(), moved_by.tolist(), strict=True):
+                if key in new and key not in found:
+                    found[key] = new[key], row, move, float(predicted.flat[place])
                 else:
-                    found[key] = chosen, int(row), int(move), float(predicted.ravel()[place])
+                    known.append(place)
+                    self.tried[row, move] = True
+            flat[known] = -np.inf
         return list(found.values())
 
-    def score(self, predicted: np.ndarray, deviation: np.ndarray, cost: np.ndarray) -> np.ndarray:
-        """Logarithm of: the chance that a set flips, times what it would save."""
+    def worth_of(self, cost: np.ndarray) -> np.ndarray:
+        """Logarithm of what flips of these costs would save.
+
+        With the logarithm of the chance that a set flips it is the set's score.
+        """
         saved = np.log((self.bound + self.fine) / (np.maximum(cost, 0) + self.fine))
         with np.errstate(divide="ignore"):
-            return np.log(np.maximum(saved, 0)) + log_ndtr(-predicted / deviation)
+            return np.log(np.maximum(saved, 0))
 
     def choose(self, candidates: Sequence[tuple[np.ndarray, int, int, float]]) -> list[np.ndarray]:
         """A round of the candidates, best first; one that is near another of the round tells little new."""
@@ -622,13 +632,13 @@ class Hunt:
         predicted = self.distances[nearest] - step @ self.effects()[self.universe.atoms]
         made_of = np.array([row for _, row, _, _ in candidates])
         predicted = np.where(nearest == made_of, [p for _, _, _, p in candidates], predicted)
-        cost = self.costs_of(sets)
+        worth = self.worth_of(self.costs_of(sets))
         among = self.between(sets, sets, variance)
         picked: list[int] = []
         while len(picked) < min(ROUND, self.left, len(sets)):
-            score = self.score(predicted, np.sqrt(np.maximum(far, 1e-12)), cost)
+            score = worth + log_ndtr(-predicted / np.sqrt(np.maximum(far, 1e-12)))
             score[picked] = -np.inf
-            best = int(ranked(-score)[0])
+            best = lowest(-score)
             if score[best] == -np.inf and picked:
                 break
             picked.append(best)

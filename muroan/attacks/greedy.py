@@ -26,6 +26,23 @@ def ranked(values: Sequence[float] | np.ndarray) -> np.ndarray:
     return order[np.lexsort((order, run))]
 
 
+def lowest(values: np.ndarray) -> int:
+    """The first place that `ranked` gives, in less time.
+
+    >>> lowest(np.array([0.3, 0.1 + 1e-9, 0.1]))
+    1
+    """
+    edge = values.min()
+    if np.isinf(edge):
+        return int(ranked(values)[0])
+    while True:
+        near = values - edge <= ROUNDING
+        further = values[near].max()
+        if further == edge:
+            return int(near.argmax())
+        edge = further
+
+
 class Smallest:
     """The smallest flip seen so far, in elements; the first of equals.
 

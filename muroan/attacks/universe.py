@@ -89,7 +89,14 @@ class Universe:
 
     def removal(self, chosen: np.ndarray) -> Removal:
         """A set of atoms (A,) as the removal of its largest regions."""
-        return Removal(tuple(self.regions[row] for row in self.parts(chosen)))
+        return self.removals(chosen[None])[0]
+
+    def removals(self, sets: np.ndarray) -> list[Removal]:
+        """The same of each of the sets (n, A)."""
+        parts: list[list[Region]] = [[] for _ in sets]
+        for place, row in zip(*(found.tolist() for found in np.nonzero(self._largest(sets))), strict=True):
+            parts[place].append(self.regions[row])
+        return [Removal(tuple(regions)) for regions in parts]
 
     def union(self, rows: Sequence[int]) -> np.ndarray:
         """The atoms (A,) of some regions together."""
