@@ -867,7 +867,7 @@ class QueryEngine:
         x = store.inputs[name][sources]
         if boxes.shape[1]:
             baseline = store.baselines[name][sources] if name in store.baselines else None
-            x = modality.occlude(x, boxes.to(self.device), self.threat_model.replacement[name], baseline)
+            x = modality.occlude(x, boxes.to(self.device, non_blocking=True), self.threat_model.replacement[name], baseline)
         encoded = self.model.encode(name, x)
         self.statistics.encoded[name] += len(asked)
         if len(parts) < len(rows):
@@ -886,7 +886,8 @@ class QueryEngine:
         )
 
     def _tensor(self, values: Any) -> Tensor:
-        return torch.tensor(values, device=self.device)
+        # Made on a GPU, it would wait for all that the GPU has been given to do.
+        return torch.tensor(values).to(self.device, non_blocking=True)
 
 
 def evaluate(
