@@ -866,8 +866,9 @@ class QueryEngine:
         sources = self._tensor([q.live.slot for q in asked])
         x = store.inputs[name][sources]
         if boxes.shape[1]:
+            boxes = boxes.to(self.device, non_blocking=True)
             baseline = store.baselines[name][sources] if name in store.baselines else None
-            x = modality.occlude(x, boxes.to(self.device, non_blocking=True), self.threat_model.replacement[name], baseline)
+            x = modality.occlude(x, boxes, self.threat_model.replacement[name], baseline)
         encoded = self.model.encode(name, x)
         self.statistics.encoded[name] += len(asked)
         if len(parts) < len(rows):
