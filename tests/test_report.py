@@ -321,6 +321,25 @@ class TestFiles:
         alone, many = heights
         assert many > 0.8 * alone
 
+    def test_many_runs_stay_readable(self, tmp_path, monkeypatch):
+        for place in range(10):
+            about = ("x" if place % 2 else "random_removal", f"m{place // 2}", "d")
+            write_run(tmp_path / str(place), *about, attack_records(about[0], pictured(0, 7), place))
+        drawn = []
+        png = plots._png
+        monkeypatch.setattr(plots, "_png", lambda picture: (drawn.append(picture), png(picture))[1])
+        page = build([tmp_path], tmp_path / "out").read_text()
+        Page(page)
+        assert "<h1>Robustness of 5 models</h1>" in page
+        assert page.count("<details><summary>All 10 runs</summary>") == 4
+        # A panel a model, with a colour an attack.
+        assert [[axes.get_visible() for axes in picture.axes].count(True) for picture in drawn] == [5] * 4
+        assert {line.get_color() for axes in drawn[0].axes for line in axes.lines} == set(plots.COLOURS[0][:2])
+        assert plots.colours(find_runs([tmp_path])) == {run.label: int(run.is_control) for run in find_runs([tmp_path])}
+        few = build([tmp_path / "1", tmp_path / "2"], tmp_path / "few").read_text()
+        assert "<h1>Robustness of m0 and m1</h1>" in few
+        assert "<summary>All" not in few
+
     def test_half_an_emoji_costs_no_report(self, tmp_path, no_curves):
         """JSON can spell it, UTF-8 cannot."""
         (record,) = attack_records("x", pictured(0, 1), 0, clean=1.0)

@@ -18,6 +18,8 @@ from muroan.report.tables import figure, interval, whole
 from muroan.results import Count, write_json
 from muroan.runs import Run, find_runs
 
+NAMED = 4  # models that a title names
+
 
 def build(folders: Sequence[Path], out: Path) -> Path:
     """Write the report of finished, or unfinished, runs from their records alone. No model is loaded.
@@ -80,10 +82,12 @@ def render(runs: Sequence[Run], comparisons: Sequence[Comparison], curve: bytes)
     histograms, ticks = plots.query_histograms(runs)
     # The target that its attack hurts most comes first.
     groups = sorted(by_target(runs), key=lambda group: -(_strongest(group).value("attack_success_rate") or 0.0))
+    models = sorted({str(run.about["model"]) for run in runs})
     page = template.render(
         runs=runs,
         lead=_strongest(groups[0]),
-        title=f"Robustness of {_listed(sorted({run.model for run in runs}))}",
+        title=f"Robustness of {_listed(models) if len(models) <= NAMED else f'{len(models)} models'}",
+        many=plots.crowded(runs),
         findings=[finding(group) for group in groups],
         warnings=said,
         comparisons=comparisons,
@@ -91,7 +95,7 @@ def render(runs: Sequence[Run], comparisons: Sequence[Comparison], curve: bytes)
         defenses=defenses,
         samples={run.dataset: len({r.id for x in runs if x.dataset == run.dataset for r in x.records}) for run in runs},
         attacks=list(dict.fromkeys(run.attack for run in runs)),
-        colour={run.label: plots.colour(place) for place, run in enumerate(runs)},
+        colour=plots.colours(runs),
         palettes=plots.COLOURS,
         main=tables.present(tables.MAIN, runs),
         by_modality=tables.by_modality(runs),

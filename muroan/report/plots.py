@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 
 from muroan.metrics import success_curve
 from muroan.modalities import stable_seed
-from muroan.report.runs import attacked_ids, flip_queries, flip_sizes
+from muroan.report.runs import attacked_ids, by_target, flip_queries, flip_sizes
 from muroan.results import AttackResult
 from muroan.runs import Run
 
@@ -38,8 +39,20 @@ RULE = ("#e4e7eb", "#2d3138")
 
 
 def colour(place: int) -> int:
-    """Which colour the run at this place of the report has."""
+    """Which colour the run, or attack, at this place of the report has."""
     return place % len(COLOURS[0])
+
+
+def crowded(runs: Sequence[Run]) -> bool:
+    """Whether there are more runs than can be told apart by their colour."""
+    return len(runs) > len(COLOURS[0])
+
+
+def colours(runs: Sequence[Run]) -> dict[str, int]:
+    """The colour of each run by its label: its own, or of too many its attack's."""
+    attacks = list(dict.fromkeys(run.attack for run in runs))
+    shared = crowded(runs) and len(by_target(runs)) > 1
+    return {run.label: colour(attacks.index(run.attack) if shared else place) for place, run in enumerate(runs)}
 
 
 def success_at(seeds: Sequence[np.ndarray], budgets: np.ndarray) -> np.ndarray:
@@ -87,7 +100,7 @@ def success_band(
 
 
 def curve(runs: Sequence[Run], dark: bool = False, width: float = 7.2, height: float = 4.4) -> bytes:
-    """Success rate against decoupled fraction, all runs in one plot with bootstrap bands.
+    """Success rate against decoupled fraction with bootstrap bands, all runs in one plot, or of many a panel a target.
 
     Args:
         dark: for a dark page.
@@ -96,6 +109,8 @@ def curve(runs: Sequence[Run], dark: bool = False, width: float = 7.2, height: f
     Returns:
         A PNG; the same bytes for the same records.
     """
+    if crowded(runs) and len(by_target(runs)) > 1:
+        return _panels(runs, dark, width)
     paper, ink, muted = (pair[dark] for pair in (PAPER, INK, MUTED))
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
     ncols = 1 if width < 5 or max(len(run.label) for run in runs) > 44 else 2
@@ -105,9 +120,7 @@ def curve(runs: Sequence[Run], dark: bool = False, width: float = 7.2, height: f
     FigureCanvasAgg(picture)
     axes = picture.add_subplot(facecolor=paper)
     flips = [[r.decoupled_fraction for r in run.records if r.flipped] for run in runs]
-    positive = [f for fractions in flips for f in fractions if f > 0]
-    left = min(positive, default=0.1) / 1.6
-    right = min(100.0, max(positive, default=10.0) * 1.6)
+    left, right = _range(runs)
     grid = np.geomspace(left, right, 300)
     attacks = list(dict.fromkeys(run.attack for run in runs))
     for place, (run, fractions) in enumerate(zip(runs, flips, strict=True)):
@@ -128,23 +141,69 @@ def curve(runs: Sequence[Run], dark: bool = False, width: float = 7.2, height: f
             alpha=0.14,
             linewidth=0,
         )
-    if not positive:
+    if not any(map(any, flips)):
         axes.text(0.5, 0.5, "no sample was flipped", transform=axes.transAxes, ha="center", color=muted, fontsize=11)
     _dress(axes, left, right, dark)
     axes.set_xlabel("decoupled fraction, % of the input (log scale)", color=ink, fontsize=10.5, labelpad=8)
     axes.set_ylabel("success rate, % of attacked samples", color=ink, fontsize=10.5, labelpad=8)
-    if axes.get_legend_handles_labels()[1]:
-        legend = picture.legend(
-            loc="outside upper left",
-            ncols=ncols,
-            frameon=False,
-            labelcolor=ink,
-            fontsize=10,
-            handlelength=2.6,
-        )
-        for text in legend.get_texts():
-            text.set_parse_math(False)  # a name with $ in it is a name
+    lines_by_name = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    _legend(picture, lines_by_name, ncols, dark)
     return _png(picture)
+
+
+def _range(runs: Sequence[Run]) -> tuple[float, float]:
+    """The decoupled fractions, in percent, from which and up to which there is something to draw."""
+    positive = [r.decoupled_fraction for run in runs for r in run.records if r.flipped and r.decoupled_fraction > 0]
+    return min(positive, default=0.1) / 1.6, min(100.0, max(positive, default=10.0) * 1.6)
+
+
+def _panels(runs: Sequence[Run], dark: bool, width: float) -> bytes:
+    """The same with a panel a target, on one scale; attacks of one name share a colour."""
+    targets, attacks = by_target(runs), list(dict.fromkeys(run.attack for run in runs))
+    across = 1 if width < 5 else 3
+    down, ncols = -(-len(targets) // across), 1 if width < 5 else 3
+    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)
+    size = (width, 2 * down + 0.21 * -(-len(attacks) // ncols) + 0.5)
+    picture = Figure(figsize=size, dpi=200, facecolor=PAPER[dark], layout=layout)
+    FigureCanvasAgg(picture)
+    grid = picture.subplots(down, across, sharex=True, sharey=True, squeeze=False)
+    left, right = _range(runs)
+    marks: dict[str, Artist] = {}
+    for group, axes in zip(targets, grid.flat, strict=False):
+        axes.set_facecolor(PAPER[dark])
+        for run in group:
+            if len(took := np.maximum(flip_sizes(run), left)):
+                line = _success(axes, [(took, attacked_ids(run))], left, right, attacks.index(run.attack), dark)
+                marks.setdefault(run.attack, line)
+        _dress(axes, left, right, dark)
+        axes.tick_params(labelsize=8.5)
+        title = "\n".join(textwrap.wrap(group[0].where, 32 if across > 1 else 60))
+        axes.set_title(title, loc="left", color=INK[dark], fontsize=8.5, pad=6, parse_math=False)
+    for axes in grid.flat[len(targets) :]:
+        axes.set_visible(False)
+    for axes in grid.flat[max(0, len(targets) - across) : len(targets)]:  # the lowest of each column
+        axes.tick_params(labelbottom=True)
+    picture.supxlabel("decoupled fraction, % of the input (log scale)", color=INK[dark], fontsize=10)
+    picture.supylabel("success rate, % of attacked samples", color=INK[dark], fontsize=10)
+    _legend(picture, marks, ncols, dark)
+    return _png(picture)
+
+
+def _legend(picture: Figure, marks: Mapping[str, Artist], ncols: int, dark: bool) -> None:
+    if not marks:
+        return
+    legend = picture.legend(
+        list(marks.values()),
+        list(marks),
+        loc="outside upper left",
+        ncols=ncols,
+        frameon=False,
+        labelcolor=INK[dark],
+        fontsize=10,
+        handlelength=2.6,
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a name with $ in it is a name
 
 
 def _dress(axes: Axes, left: float, right: float, dark: bool) -> None:
@@ -218,29 +277,22 @@ def budgets(targets: Sequence[tuple[str, Sequence[tuple[str, Sequence[Run]]]]]) 
                 axes.set_title(title, loc="left", color=INK[False], fontsize=11, pad=10, parse_math=False)
                 axes.set_ylabel("success rate, % of attacked", color=INK[False], fontsize=10.5, labelpad=8)
         grid[-1, side].set_xlabel(label, color=INK[False], fontsize=10.5, labelpad=8)
-    if marks:
-        legend = picture.legend(
-            list(marks.values()),
-            list(marks),
-            loc="outside upper left",
-            ncols=1 if wide else 3,
-            frameon=False,
-            labelcolor=INK[False],
-            fontsize=10,
-            handlelength=2.6,
-        )
-        for text in legend.get_texts():
-            text.set_parse_math(False)
+    _legend(picture, marks, 1 if wide else 3, dark=False)
     return _png(picture)
 
 
 def _success(
-    axes: Axes, runs: Sequence[tuple[np.ndarray, Sequence[str]]], left: float, right: float, place: int
+    axes: Axes,
+    runs: Sequence[tuple[np.ndarray, Sequence[str]]],
+    left: float,
+    right: float,
+    place: int,
+    dark: bool = False,
 ) -> Artist:
     """One success curve with its band."""
     seeds = [took for took, _ in runs]
     # The colours come round after eight attacks, with other dashes.
-    shade, dash = COLOURS[False][colour(place)], DASHES[(place + place // len(COLOURS[0])) % len(DASHES)]
+    shade, dash = COLOURS[dark][colour(place)], DASHES[(place + place // len(COLOURS[0])) % len(DASHES)]
     x = np.unique(np.concatenate([[left, right], *seeds]))
     x = x[x <= right]
     (line,) = axes.step(x, success_at(seeds, x), where="post", color=shade, linestyle=dash, linewidth=1.9)
@@ -281,11 +333,7 @@ def certified_curve(
     _dress(axes, 100 * left, 100, dark)
     axes.set_xlabel("altered, % of the elements of every modality (log scale)", color=ink, fontsize=10.5, labelpad=8)
     axes.set_ylabel("accuracy, % of all samples", color=ink, fontsize=10.5, labelpad=8)
-    legend = picture.legend(
-        loc="outside upper left", ncols=1, frameon=False, labelcolor=ink, fontsize=10, handlelength=2.6
-    )
-    for text in legend.get_texts():
-        text.set_parse_math(False)
+    _legend(picture, dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True)), 1, dark)
     return _png(picture)
 
 
