@@ -37,6 +37,9 @@ CLEAN, VERIFY, AUDIT = OWN_PHASES = ("clean", "verify", "audit")
 
 LOOK_AHEAD = 32  # removals drawn at most to find a new question: an ask may repeat itself without end
 
+# Features of occluded inputs that are remembered, a modality: of so many batches, within so many bytes.
+BATCHES, BYTES = 64, 2**28
+
 AUTOCAST = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}
 
 
@@ -72,7 +75,7 @@ class _Live:
     """A search under way.
 
     Attributes:
-        slot: where the sample's tensors lie in the store.
+        number: unique among all samples of the engine; slot: where the sample's tensors lie in the store.
         budget: queries left; queries: asked so far.
         flips: (queries, decoupled fraction in percent) of every one that was seen.
         answers: every answer so far. `asked` are the keys that the search has been given answers to: the engine may
@@ -84,6 +87,7 @@ class _Live:
     """
 
     sample: Sample
+    number: int
     slot: int
     budget: float
     queries: int = 0
@@ -153,6 +157,29 @@ class _Live:
         self.upcoming = iter(())
 
 
+class _Memory:
+    """Features of the last occluded inputs of one modality that were encoded, by what is left of which sample.
+
+    A removal across modalities often has a part that an earlier one had: a search tries the same words beside many
+    regions of an image, or one more region beside the same sound.
+    """
+
+    def __init__(self, features: Features, rows: int):
+        self.held: list[Any] = [None] * rows
+        self.places: dict[Any, int] = {}
+        self.next = 0
+        self.features = map_features(lambda t: t.new_empty((rows, *t.shape[1:])), features)
+
+    def take_in(self, parts: Sequence[Any]) -> list[int]:
+        """Places for the features of some parts, those of what has been held longest."""
+        places = [(self.next + i) % len(self.held) for i in range(len(parts))]
+        for part, place in zip(parts, places, strict=True):
+            self.places.pop(self.held[place], None)
+            self.held[place], self.places[part] = part, place
+        self.next = (self.next + len(parts)) % len(self.held)
+        return places
+
+
 class _Store:
     """Tensors of the live samples, one row a slot: static memory, however many samples there are."""
 
@@ -162,6 +189,7 @@ class _Store:
         self.inputs: dict[str, Tensor] = {}
         self.baselines: dict[str, Tensor] = {}
         self.features: dict[str, Features] = {}
+        self.memories: dict[str, _Memory | None] = {}  # None where nothing is remembered
         self.embedding: Tensor | None = None
         self.labels = torch.zeros(slots, dtype=torch.long, device=device)
 
@@ -191,6 +219,28 @@ class _Store:
         if name not in self.features:
             self.features[name] = map_features(self._room, features)
         map_features(lambda room, new: room.index_copy_(0, slots, new), self.features[name], features)
+
+    def recall(self, name: str, part: Any) -> int | None:
+        """Where the features of a part are remembered."""
+        memory = self.memories.get(name)
+        return None if memory is None else memory.places.get(part)
+
+    def recalled(self, name: str, places: Tensor) -> Features:
+        """The features (P, ...) at these places."""
+        memory = self.memories[name]
+        assert memory is not None
+        return map_features(lambda room: room[places], memory.features)
+
+    def remember(self, name: str, parts: Sequence[Any], features: Features) -> None:
+        """Keep the features (P, ...) of some parts, as far as there is room for them."""
+        if name not in self.memories:
+            tensors = features if isinstance(features, tuple) else (features,)
+            rows = min(BATCHES * self.slots, BYTES // max(1, sum(t[0].nbytes for t in tensors)))
+            # Fewer than of a few batches would be gone before they are asked for again.
+            self.memories[name] = _Memory(features, rows) if rows >= 4 * self.slots else None
+        if (memory := self.memories[name]) is not None:
+            at = torch.tensor(memory.take_in(parts)).to(self.device, non_blocking=True)
+            map_features(lambda room, new: room.index_copy_(0, at, new), memory.features, features)
 
     def keep_embedding(self, slots: Tensor, embedding: Tensor) -> None:
         if self.embedding is None:
@@ -274,6 +324,7 @@ class QueryEngine:
         self._store = _Store(model, self.threat_model, batch_size, self.device)
         self._free = list(range(batch_size))[::-1]
         self._waiting: deque[Sample] = deque()
+        self._admitted = 0
         self._live: dict[int, _Live] = {}  # by slot, in order of admission
         self._checked = False
         self._works: dict[Any, Callable[[list[_Live]], Sequence[Any]]] = {}
@@ -336,7 +387,8 @@ class QueryEngine:
                     f"sample {sample.id!r} has label {sample.label}, but the model has the classes 0 to "
                     f"{self.model.num_classes - 1}: use a model of the dataset's classes, or correct the labels"
                 )
-            live = _Live(sample, slot, self.threat_model.max_queries or float("inf"))
+            self._admitted += 1
+            live = _Live(sample, self._admitted, slot, self.threat_model.max_queries or float("inf"))
             live.conversation = self._converse(live)
             self._live[slot] = live
             admitted.append((slot, sample, stable_seed(self.seed, "noise", sample.id)))
@@ -753,6 +805,7 @@ class QueryEngine:
         if size == 1:
             raise MuroanError("the device has too little memory for a batch of one question") from None
         self.batch_size = (size + 1) // 2
+        self._store.memories = dict.fromkeys(self.model.modalities)  # nothing is remembered any more
         self.statistics.out_of_memory += 1
         warnings.warn(f"out of memory: going on with batches of {self.batch_size}", stacklevel=3)
         if self.device.type == "cuda":
@@ -843,48 +896,60 @@ class QueryEngine:
     def _encode(self, name: str, questions: list[_Question], slots: Tensor, clean: list[int]) -> Features:
         """Features (B, ...) of one modality: encoded where touched, else from the slots.
 
-        Questions that leave the same part of the same sample are encoded once.
+        What questions leave of a sample is encoded once, and remembered for later batches.
         """
-        store, modality = self._store, self.model.modalities[name]
-        parts: dict[Any, int] = {}
-        rows: list[int] = []  # of the batch, that need encoding
-        index: list[int] = []  # which part each of them is
+        store = self._store
+        parts: dict[Any, int] = {}  # what is left of which sample, and the first row that has it
+        part_of: dict[int, Any] = {}  # rows that are touched
         for row, q in enumerate(questions):
             bits = next((bits for n, bits in q.key if n == name), 0)
             if bits or q.fresh or not q.key or not self.reuse_features:
-                part = (q.live.slot, bits) if self.reuse_features and not q.fresh else row
-                rows.append(row)
-                index.append(parts.setdefault(part, len(parts)))
-        if not rows:
+                part_of[row] = (q.live.number, bits) if self.reuse_features and not q.fresh else row
+                parts.setdefault(part_of[row], row)
+        if not parts:
             return map_features(lambda room: room[slots], store.features[name])
-        first: dict[int, int] = {}
-        for row, part in zip(rows, index, strict=True):
-            first.setdefault(part, row)
-        asked = [questions[row] for row in first.values()]
-        regions = [[r for r in q.removal.regions if r.modality == name] for q in asked]
-        boxes = modality.boxes(regions, [q.live.sample.layouts[name] for q in asked])
-        sources = self._tensor([q.live.slot for q in asked])
+        recalled = {part: place for part in parts if (place := store.recall(name, part)) is not None}
+        new = [part for part in parts if part not in recalled]
+        found: list[Features] = []
+        if recalled:
+            found.append(store.recalled(name, self._tensor(list(recalled.values()))))
+        if new:
+            found.append(self._encode_new(name, [questions[parts[part]] for part in new]))
+            # What is whole lies in the slots, and what is fresh is to be encoded anew each time.
+            if kept := [i for i, part in enumerate(new) if isinstance(part, tuple) and part[1]]:
+                at = self._tensor(kept)
+                store.remember(name, [new[i] for i in kept], map_features(lambda t: t[at], found[-1]))
+        encoded = found[0] if len(found) == 1 else map_features(lambda *t: torch.cat(t), *found)
+        order = {part: i for i, part in enumerate([*recalled, *new])}
+        source = [order[part] for part in part_of.values()]
+        if source != list(range(len(order))):
+            expand = self._tensor(source)
+            encoded = map_features(lambda t: t[expand], encoded)
+        if clean:
+            at = self._tensor(
+                [i for i, row in enumerate(part_of) if not questions[row].key and not questions[row].fresh]
+            )
+            store.keep_features(name, slots[self._tensor(clean)], map_features(lambda t: t[at], encoded))
+        if len(part_of) == len(questions):
+            return encoded
+        at = self._tensor(list(part_of))
+        return map_features(
+            lambda room, new: room[slots].index_copy_(0, at, new.to(room.dtype)), store.features[name], encoded
+        )
+
+    def _encode_new(self, name: str, questions: list[_Question]) -> Features:
+        """Features (Q, ...) of what each question leaves of one modality."""
+        store, modality = self._store, self.model.modalities[name]
+        regions = [[r for r in q.removal.regions if r.modality == name] for q in questions]
+        boxes = modality.boxes(regions, [q.live.sample.layouts[name] for q in questions])
+        sources = self._tensor([q.live.slot for q in questions])
         x = store.inputs[name][sources]
         if boxes.shape[1]:
             boxes = boxes.to(self.device, non_blocking=True)
             baseline = store.baselines[name][sources] if name in store.baselines else None
             x = modality.occlude(x, boxes, self.threat_model.replacement[name], baseline)
-        encoded = self.model.encode(name, x)
-        self.statistics.encoded[name] += len(asked)
-        if len(parts) < len(rows):
-            expand = self._tensor(index)
-            encoded = map_features(lambda t: t[expand], encoded)
-        if clean:
-            kept = self._tensor(
-                [i for i, row in enumerate(rows) if not questions[row].key and not questions[row].fresh]
-            )
-            store.keep_features(name, slots[self._tensor(clean)], map_features(lambda t: t[kept], encoded))
-        if len(rows) == len(questions):
-            return encoded
-        at = self._tensor(rows)
-        return map_features(
-            lambda room, new: room[slots].index_copy_(0, at, new.to(room.dtype)), store.features[name], encoded
-        )
+        self.statistics.encoded[name] += len(questions)
+        return self.model.encode(name, x)
 
     def _tensor(self, values: Any) -> Tensor:
         # Made on a GPU, it would wait for all that the GPU has been given to do.

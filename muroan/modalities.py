@@ -109,8 +109,9 @@ def elements(region: Region, grid: tuple[int, ...]) -> ElementSet:
             f"a region of {region.modality!r} must lie inside its element grid {grid}, "
             f"got start {region.start}, stop {region.stop}"
         )
-    bits, stride = 1, 1
-    for a, b, n in reversed(sides):
+    (a, b, stride), *outer = reversed(sides)
+    bits = ((1 << (b - a)) - 1) << a
+    for a, b, n in outer:
         # Repeat the pattern of the inner axes b-a times, `stride` bits apart.
         bits = sum(bits << (i * stride) for i in range(a, b))
         stride *= n

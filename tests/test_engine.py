@@ -20,7 +20,7 @@ from muroan.attacks.base import Ask, Attack, BatchAttack, BudgetExhausted, Threa
 from muroan.attacks.decoupling_reference import DecouplingReference
 from muroan.attacks.random_removal import RandomRemoval
 from muroan.data.samples import BadSample, Example, PreparedDataset, Sample
-from muroan.engine import QueryEngine
+from muroan.engine import QueryEngine, _Store
 from muroan.errors import MuroanError
 from muroan.modalities import Image, Region, Removal, Text, WordTokenizer, stable_seed
 from muroan.models.base import MultimodalModel
@@ -208,10 +208,12 @@ def truth() -> tuple[RandomToy, list[Sample], dict[str, dict[Removal, tuple[torc
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
-@pytest.mark.parametrize("reuse", [True, False])
-def test_every_subset_is_answered_as_by_a_direct_forward(truth, batch_size, reuse):
+@pytest.mark.parametrize("reuse", [True, False, "a little"])
+def test_every_subset_is_answered_as_by_a_direct_forward(truth, batch_size, reuse, monkeypatch):
     """All 1,024 subsets of ten elements (fewer for a shorter text), in random order and random asks."""
     model, samples, expected = truth
+    if reuse == "a little":
+        monkeypatch.setattr("muroan.engine.BATCHES", 4)  # so that what is remembered has to go soon
     heard = {s.id: {} for s in samples}
 
     def script(sample):
@@ -223,7 +225,7 @@ def test_every_subset_is_answered_as_by_a_direct_forward(truth, batch_size, reus
             responses = yield some
             heard[sample.id].update(zip(some, responses, strict=True))
 
-    engine = QueryEngine(model, Scripted(script), SINGLE, batch_size, reuse_features=reuse)
+    engine = QueryEngine(model, Scripted(script), SINGLE, batch_size, reuse_features=bool(reuse))
     records = {record.id: record for record in engine.run(samples)}
     labels = set()
     for sample in samples:
@@ -526,8 +528,12 @@ def test_a_question_about_one_modality_encodes_that_one_alone():
         # Two image parts and two text parts in four questions, and one image part alone.
         pairs = [Removal.of(p, w) for p in (pixel(0), pixel(1)) for w in (word(0), word(1))]
         yield [*pairs, Removal.of(pixel(1))]
-        assert since(start) == [("image", 2), ("text", 2)]
+        # What two of them leave of the text was encoded before, alone.
+        assert since(start) == [("image", 2)]
         assert model.calls[-1] == ("fuse", 5)
+        start = len(model.calls)
+        yield [Removal.of(pixel(0), pixel(1), word(0)), Removal.of(pixel(0), word(0), word(1))]
+        assert since(start) == [("image", 1)]
         finished.append(True)
 
     finished = []
@@ -549,6 +555,40 @@ def test_the_statistics_say_what_was_encoded():
         assert (engine.statistics.batches, engine.statistics.rows, engine.statistics.repeated) == (3, 5, 1)
         assert engine.statistics.encoded == encoded
         assert sum(rows for what, rows in model.calls if what == "image") == encoded["image"]
+
+
+def test_where_features_are_large_only_whole_inputs_are_remembered(monkeypatch):
+    monkeypatch.setattr("muroan.engine.BYTES", 100)
+    model = RandomToy()
+
+    def script(sample):
+        yield [Removal.of(word(0)), Removal.of(pixel(0))]
+        yield [Removal.of(word(0), pixel(0))]
+
+    samples = [s for s in varied(model, wrong=100) if s.layouts["text"].count >= 2][:1]
+    engine = QueryEngine(model, Scripted(script), SINGLE)
+    list(engine.run(samples))
+    assert engine.statistics.encoded == {"image": 4, "text": 4}  # twice whole, to check that the model repeats itself
+
+
+def test_what_is_remembered_is_not_believed_in_the_end(monkeypatch):
+    """A flip is verified by encoding everything anew."""
+    model = RandomToy()
+    monkeypatch.setattr(_Store, "recalled", lambda store, name, places: store.memories[name].features[places] + 1e3)
+
+    def script(sample):
+        yield [Removal.of(word(0)), Removal.of(pixel(0))]
+        (response,) = yield [Removal.of(word(0), pixel(0))]
+        return Removal.of(word(0), pixel(0)) if sample.flipped(response) else None
+
+    engine = QueryEngine(model, Scripted(script), SINGLE)
+    records = list(engine.run(varied(model, 30, wrong=100)))
+    _, logits = zip(
+        *(direct(model, s, Removal.of(word(0), pixel(0))) for s in varied(model, 30, wrong=100)), strict=True
+    )
+    truly = sum(int(found.argmax()) != s.label for found, s in zip(logits, varied(model, 30, wrong=100), strict=True))
+    assert sum(record.flipped for record in records) <= truly
+    assert engine.statistics.disagreements > 0
 
 
 def test_a_shared_slot_is_not_a_shared_sample():
