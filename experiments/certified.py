@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean
 
 from defense import HARDENING, QUICK_HARDENING
-from sweep import OUT, TRAINED, Sweep, command, muroan
+from sweep import OUT, TRAINED, Sweep, muroan
 
 from muroan.certification import CertificateFolder, summarise
 from muroan.cli.jobs import planned
@@ -110,7 +110,7 @@ def main() -> None:
     page = out / "certified.md"
     caption = CAPTION.format(samples=sweep.samples, budget=budget)
     page.write_text(f"{caption}\n\n{markdown_table([HEADS, *map(written, rows)], texts=4)}\n{missing}")
-    command(page)
+    sweep.done(page)
 
 
 def written(row: Sequence[object]) -> list[str]:

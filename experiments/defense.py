@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sweep import OUT, Sweep, command
+from sweep import OUT, Sweep
 
 from muroan.errors import MuroanError
 from muroan.report import defenses
@@ -129,7 +129,7 @@ def main() -> None:
     except MuroanError as error:
         sys.exit("".join([*gathered.missing(), str(error)]))
     page.write_text("".join([page.read_text(), *gathered.missing()]))
-    command(page)
+    sweep.done(page)
 
 
 if __name__ == "__main__":

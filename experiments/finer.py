@@ -7,7 +7,7 @@ See sweep.py for sizes.
 
 from __future__ import annotations
 
-from sweep import KNOWN, Sweep, write
+from sweep import KNOWN, Sweep
 
 from muroan.report.cells import METRICS, Entry, Table
 
@@ -28,7 +28,7 @@ def main() -> None:
         cells = sweep.cells(dataset, sweep.attacks, f"threat_model.min_side.image={finest}")
         entries += [Entry(f"{dataset} · {model}", attack, found) for (model, attack), found in cells.items()]
     caption = CAPTION.format(finest=finest, samples=sweep.samples, budget=sweep.budget)
-    write(Table("finer", caption, [METRICS[name] for name in SHOWN], entries, known=KNOWN))
+    sweep.write(Table("finer", caption, [METRICS[name] for name in SHOWN], entries, known=KNOWN))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sweep import KNOWN, Sweep, write
+from sweep import KNOWN, Sweep
 
 from muroan.report.cells import METRICS, Entry, Table
 
@@ -32,7 +32,7 @@ def main() -> None:
         ]
     used = " and ".join(f"{ENCODERS[dataset]} on {dataset}" for dataset in sweep.datasets)
     caption = CAPTION.format(encoders=used, samples=sweep.samples, budget=sweep.budget)
-    write(Table("fusion", caption, [METRICS[name] for name in SHOWN], entries, row="fusion", known=KNOWN))
+    sweep.write(Table("fusion", caption, [METRICS[name] for name in SHOWN], entries, row="fusion", known=KNOWN))
 
 
 if __name__ == "__main__":

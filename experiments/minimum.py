@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from sweep import OUT, Sweep, command
+from sweep import OUT, Sweep
 
 from muroan.report.cells import Cell
 from muroan.report.markup import markdown_table, write_csv
@@ -88,7 +88,7 @@ def main() -> None:
     caption = CAPTION.format(samples=sweep.samples, budget=sweep.budget, asked=sweep.chosen["asked"])
     page = out / "minimum.md"
     page.write_text(f"{caption}\n\n{markdown_table([HEADS, *lines], texts=3)}\n{missing}")
-    command(page)
+    sweep.done(page)
 
 
 if __name__ == "__main__":

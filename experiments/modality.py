@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sweep import KNOWN, Sweep, write
+from sweep import KNOWN, Sweep
 
 from muroan.report.cells import BY_MODALITY, METRICS, SHARES, Entry, Table
 
@@ -35,7 +35,7 @@ def main() -> None:
         ]
     columns = [*(METRICS[name] for name in SHOWN), *BY_MODALITY, *SHARES]
     caption = CAPTION.format(samples=sweep.samples, budget=sweep.budget)
-    write(Table("modality", caption, columns, entries, row="removed from", known=KNOWN))
+    sweep.write(Table("modality", caption, columns, entries, row="removed from", known=KNOWN))
 
 
 if __name__ == "__main__":

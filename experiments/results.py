@@ -1,6 +1,9 @@
-"""docs/results.md, from what the tables wrote: `python experiments/results.py`, or with another folder, `docs=FOLDER`.
+"""Publish the tables in docs/tables, and docs/results.md from them: `python experiments/results.py`.
 
-results.md.jinja has the words; every figure in them is looked up in the CSV files of the tables.
+    python experiments/results.py docs=FOLDER      # elsewhere than in docs
+
+A table of outputs/experiments takes the place of the published one unless it is of a part alone. results.md.jinja has
+the words; every figure in them is looked up in the CSV files of the published tables.
 """
 
 from __future__ import annotations
@@ -21,30 +24,72 @@ from muroan.report.cells import METRICS
 from muroan.report.tables import NOTHING, figure
 
 DOCS = Path(next((word.partition("=")[2] for word in sys.argv[1:] if word.startswith("docs=")), "docs"))
+TABLES = DOCS / "tables"
+NARROWED = re.compile(r"\b(quick|models=|datasets=|attacks=|defenses=|seeds=)")
 
 
-def section(name: str) -> str:
-    """The command that made a table, the table without the meaning of its words, and its plot, where it has one."""
-    page = OUT / name / f"{name}.md"
+def publish(table: Path) -> None:
+    """Copy a table to the published ones, if it is whole, by the same command as the one there, or the first."""
+    published = TABLES / table.name
+    command = json.loads((table / "about.json").read_text())["command"]
+    known = about(table.name).get("command", command)
+    if NARROWED.search(command) and command != known:
+        print(f"{table} is of a part alone, by {command}: {published} stays, by {known} (remove it to have this one)")
+        return
+    shutil.rmtree(published, ignore_errors=True)
+    published.mkdir(parents=True)
+    found = [f for f in table.iterdir() if f.is_file() and (f.name.startswith(table.name) or f.name == "about.json")]
+    for file in [*found, *table.glob("compare/pairs.csv")]:
+        shutil.copyfile(file, published / file.name)
+
+
+def about(name: str) -> dict[str, Any]:
+    """What made a published table; nothing where there is none."""
+    file = TABLES / name / "about.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def section(name: str, script: str = "") -> str:
+    """How a table was made, the table without the meaning of its words, and its plot, where it has one.
+
+    Args:
+        script: which makes it, where that is not the one of its name.
+    """
+    page = TABLES / name / f"{name}.md"
     if not page.exists():
-        return f"`python experiments/{name}.py` has not been run yet."
+        return f"`python experiments/{script or name}.py` has not been run yet."
+    made = about(name)
     table = "".join(line for line in page.read_text().splitlines(keepends=True) if not line.startswith("- *"))
-    text = f"`{page.with_name('command.txt').read_text().strip()}`\n\n{table.rstrip()}"
+    text = f"`{made['command']}`, {made['date']}{_models(name)}\n\n{table.rstrip()}"
     if not (picture := page.with_suffix(".png")).exists():
         return text
-    shutil.copyfile(picture, DOCS / picture.name)
-    return f"{text}\n\n![{name}]({picture.name})"
+    return f"{text}\n\n![{name}](tables/{name}/{picture.name})"
+
+
+def _models(name: str) -> str:
+    """Whether a table's models are those of Table 1, where it has some of the same name."""
+    own, first = about(name).get("weights"), about("vulnerability").get("weights")
+    if name == "vulnerability" or first is None or own == {}:
+        return ""
+    if own is None:
+        return (
+            "; its models were trained then and have other weights than those of Table 1, and its records are not kept"
+        )
+    shared = [key for key in own if key in first]
+    others = [key for key in shared if own[key] != first[key]]
+    return f"; of its models {len(others)} have other weights than in Table 1" if others else ""
 
 
 def terms() -> str:
-    """What the words in all tables mean."""
-    lines = [line for page in sorted(OUT.glob("*/*.md")) for line in page.read_text().splitlines()]
-    return "\n".join(sorted({line for line in lines if line.startswith("- *")}))
+    """What the words in all tables mean, as the latest of them says it."""
+    pages = sorted(TABLES.glob("*/*.md"), key=lambda page: (about(page.parent.name)["date"], page))
+    lines = [line for page in pages for line in page.read_text().splitlines() if line.startswith("- *")]
+    return "\n".join(sorted({line.split(":")[0]: line for line in lines}.values()))
 
 
 def rows(name: str, file: str = "", **where: str) -> list[dict[str, Any]]:
     """The rows of a table's CSV, or of another one in its folder, whose cells are as said; numbers are numbers."""
-    path = OUT / name / (file or f"{name}.csv")
+    path = TABLES / name / (file or f"{name}.csv")
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as lines:
@@ -81,12 +126,11 @@ def main() -> None:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    about = [json.loads(file.read_text()) for file in sorted(OUT.glob("attacks/*/run.json"))]
-    torch = ", ".join(sorted({run["versions"]["torch"].partition("+")[0] for run in about})) or NOTHING
+    for file in sorted(OUT.glob("*/about.json")):
+        publish(file.parent)
+    versions = {json.loads(file.read_text())["torch"] for file in TABLES.glob("*/about.json")}
+    torch = ", ".join(sorted(versions)) or NOTHING
     words = {"section": section, "rows": rows, "told": told, "span": span, "terms": terms, "torch": torch}
-    for file in sorted(OUT.glob("*/command.txt")):
-        if re.search(r"\b(models|datasets|attacks|defenses)=", made := file.read_text().strip()):
-            print(f"{file.parent} is of a part alone, by {made}: tabulate it with fewer words to have all of it here")
     page = DOCS / "results.md"
     text = environment.get_template("results.md.jinja").render(words)
     page.write_text(text.rstrip() + "\n", encoding="utf-8")

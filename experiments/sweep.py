@@ -8,7 +8,9 @@
 Every table trains what is not trained and attacks what is not attacked: a killed one goes on where it was, and a cell
 that another table made is not made again. Any other `key=value` goes on to `muroan train` and `muroan attack`
 (`hydra/launcher=joblib`, `device=gpu`, `tracker=wandb`). A table is outputs/experiments/TABLE/TABLE.md, .tex, .csv and
-.png, and `python experiments/results.py` makes docs/results.md of all of them.
+.png; `python experiments/results.py` publishes all of them in docs/tables and makes docs/results.md of them. The
+records behind published tables are in experiments/records: `python experiments/archive.py unpack` lays them where
+`tabulate` finds them.
 digit_sum needs its recordings: see the README.
 """
 
@@ -20,6 +22,8 @@ import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from copy import copy
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,7 @@ from muroan import cli
 from muroan.cli.jobs import planned
 from muroan.errors import MuroanError
 from muroan.report.cells import Cell, Known, Table, read_cell
+from muroan.results import write_json
 
 OUT = Path("outputs/experiments")
 CELLS = f"{OUT}/attacks/${{hydra:runtime.choices.dataset}}-${{hydra:runtime.choices.model}}"
@@ -70,6 +75,7 @@ class Sweep:
         quick: whether it is the small size.
         tabulate: whether nothing is to be run.
         options: what goes on to muroan.
+        weights: hashes of the undefended models whose cells were read, by dataset, model and seed.
     """
 
     def __init__(self, full: dict[str, str], quick: dict[str, str]):
@@ -88,6 +94,7 @@ class Sweep:
             sys.exit(f"seeds must be whole numbers, got {chosen['seeds']}")
         self.seeds, self.samples = [int(seed) for seed in chosen["seeds"].split(",")], chosen["samples"]
         self.chosen = chosen
+        self.weights: dict[str, str] = {}
         self.budget = dict(word.split("=", 1) for word in self.options).get("threat_model.max_queries", "500")
         if unknown := set(self.datasets) - set(TRAINED):
             sys.exit(f"datasets must be among {', '.join(TRAINED)}, got {', '.join(sorted(unknown))}")
@@ -151,12 +158,40 @@ class Sweep:
         return dict(zip(self.models, found, strict=True))
 
     def _read(self, dataset: str, plan: Plan) -> dict[tuple[str, str], tuple[Cell, ...]]:
-        return {
+        found = {
             (model, attack): tuple(
                 read_cell(dataset, model, attack, seed, *place) for seed, place in zip(self.seeds, places, strict=True)
             )
             for (model, attack), places in plan.items()
         }
+        for cell in (cell for cells in found.values() for cell in cells if cell.run is not None):
+            assert cell.run is not None
+            if cell.run.about.get("defense"):
+                continue
+            where, weights = f"{dataset} · {cell.model} · {cell.seed}", cell.run.target[2][:12]
+            if self.weights.setdefault(where, weights) != weights:
+                sys.exit(
+                    f"{cell.folder} is of other weights ({weights}) than the table's other runs of {where} "
+                    f"({self.weights[where]}), so that they cannot stand side by side: remove it, or those, and run "
+                    f"the table again"
+                )
+        return found
+
+    def write(self, table: Table) -> None:
+        """Write a table to its folder and show it."""
+        self.done(table.write(OUT / table.name))
+
+    def done(self, page: Path) -> None:
+        """Note beside a page what made it, and show the page."""
+        words = [f"experiments/{Path(sys.argv[0]).name}", *(word for word in sys.argv[1:] if word != "tabulate")]
+        about = {
+            "command": f"python {shlex.join(words)}",
+            "date": date.today().isoformat(),
+            "torch": version("torch").partition("+")[0],
+            "weights": dict(sorted(self.weights.items())),
+        }
+        write_json(page.with_name("about.json"), about)
+        print(f"\n{page.read_text(encoding='utf-8')}\n{page}")
 
 
 def _listed(values: Iterable[object]) -> str:
@@ -173,15 +208,3 @@ def muroan(*words: str) -> None:
         sys.argv = argv
         if trace is None:
             os.environ.pop("HYDRA_FULL_ERROR", None)
-
-
-def write(table: Table) -> None:
-    """Write a table to its folder, with the command that made it, and show it."""
-    command(table.write(OUT / table.name))
-
-
-def command(page: Path) -> None:
-    """Note the command that made a page beside it, and show the page."""
-    words = [f"experiments/{Path(sys.argv[0]).name}", *(word for word in sys.argv[1:] if word != "tabulate")]
-    page.with_name("command.txt").write_text(f"python {shlex.join(words)}\n")
-    print(f"\n{page.read_text(encoding='utf-8')}\n{page}")

@@ -6,7 +6,7 @@ One model by default. The budgets are read off one run, from the trajectories of
 
 from __future__ import annotations
 
-from sweep import KNOWN, Sweep, write
+from sweep import KNOWN, Sweep
 
 from muroan.report.cells import METRICS, Entry, Table
 
@@ -60,7 +60,9 @@ def main() -> None:
             within = [most for most in BUDGETS if sweep.budget == "null" or most <= int(sweep.budget)]
             entries += [Entry(f"{where}, queries", f"at most {most}", run, most) for most in within]
     caption = CAPTION.format(samples=sweep.samples, budget=sweep.budget)
-    write(Table("threat_model", caption, [METRICS[name] for name in SHOWN], entries, row="threat model", known=KNOWN))
+    sweep.write(
+        Table("threat_model", caption, [METRICS[name] for name in SHOWN], entries, row="threat model", known=KNOWN)
+    )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from sweep import OUT, Sweep, command, muroan
+from sweep import OUT, Sweep, muroan
 
 
 def main() -> None:
@@ -19,7 +19,7 @@ def main() -> None:
     if sweep.tabulate:
         sys.exit("transfer has nothing to tabulate: it asks the models anew, which takes seconds; leave the word out")
     muroan("transfer", f"runs=[{folders}]", f"out={OUT}/transfer", *sweep.options)
-    command(OUT / "transfer/transfer.md")
+    sweep.done(OUT / "transfer/transfer.md")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import mean
 
-from sweep import OUT, Sweep, command
+from sweep import OUT, Sweep
 
 from muroan.report.markup import markdown_table, write_csv
 from muroan.report.tables import figure
@@ -32,7 +32,7 @@ def main() -> None:
     lines += [[*map(str, names), figure(accuracy, "rate")] for *names, accuracy in rows[1:]]
     page = out / "unimodal.md"
     page.write_text(f"{CAPTION}\n\n{markdown_table(lines, texts=4)}")
-    command(page)
+    sweep.done(page)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import time
@@ -236,7 +237,7 @@ def well_formed(folder: Path, name: str) -> list[dict[str, str]]:
 # ---------------------------------------------------------------------------------------------------------
 # The commands. They share trained models and cells, so that they share a worker.
 
-TABLES = {"vulnerability": 4, "finer": 2, "fusion": 2, "modality": 3, "baselines": 4, "threat_model": 8 + 5}  # rows
+TABLES = {"vulnerability": 4, "finer": 2, "fusion": 2, "modality": 3, "baselines": 2, "threat_model": 8 + 5}  # rows
 OUT = Path("outputs/experiments")
 
 
@@ -292,7 +293,9 @@ class TestCommands:
         assert "missing" not in page
         assert "paper, worst case (1.16 %)" in page
         assert any(float(row["attack_success_rate"]) > 0 for row in rows if row["attack"] == "decoupling")
-        assert (workplace / OUT / name / "command.txt").read_text() == f"python experiments/{name}.py quick\n"
+        about = json.loads((workplace / OUT / name / "about.json").read_text())
+        assert about["command"] == f"python experiments/{name}.py quick"
+        assert all(where.startswith("easy_vqa · ") and where.endswith(" · 0") for where in about["weights"])
 
     def test_tables_share_their_models_and_cells(self, workplace):
         if not (workplace / OUT / "threat_model").exists():
@@ -373,18 +376,38 @@ class TestCommands:
         assert "at most 99 queries" in page
         assert "not run: seed 0 of decoupling, decoupling_first, decoupling_reference, random_removal" in page
 
+    def test_what_chooses_values_is_a_table_of_its_own(self, workplace, monkeypatch):
+        if not (workplace / OUT / "values").exists():
+            here(monkeypatch, workplace, "baselines", "quick")
+        with (workplace / OUT / "values/values.csv").open() as file:
+            rows = {row["attack"]: row["kind"] for row in csv.DictReader(file)}
+        assert rows == {"sparse_rs": "perturbation", "gaussian_noise": "corruption"}
+        written = (workplace / OUT / "values/values.csv").stat().st_mtime_ns
+        here(monkeypatch, workplace, "baselines", "quick", "tabulate", "attacks=decoupling")
+        assert (workplace / OUT / "values/values.csv").stat().st_mtime_ns == written
+        here(monkeypatch, workplace, "baselines", "quick", "tabulate")
+        with pytest.raises(SystemExit, match=r"attacks must be among audio_noise, .* got decoupling_embedding"):
+            here(monkeypatch, workplace, "baselines", "quick", "attacks=decoupling_embedding")
+
     def test_results(self, workplace, monkeypatch, capsys):
+        published = workplace / "docs/tables/vulnerability"
         here(monkeypatch, workplace, "vulnerability", "quick", "tabulate", "models=late_fusion")
-        here(monkeypatch, workplace, "results")
-        assert "vulnerability is of a part alone, by python experiments/vulnerability.py" in capsys.readouterr().out
+        here(monkeypatch, workplace, "results")  # the first one is published, whatever it is of
+        capsys.readouterr()
         here(monkeypatch, workplace, "vulnerability", "quick", "tabulate")
+        here(monkeypatch, workplace, "results")
+        told = f"{OUT}/vulnerability is of a part alone, by python experiments/vulnerability.py quick: docs/tables/vuln"
+        assert told in capsys.readouterr().out
+        assert "models=late_fusion" in (published / "about.json").read_text()
+        shutil.rmtree(published)
         here(monkeypatch, workplace, "results")
         assert "vulnerability is of a part" not in capsys.readouterr().out
         page = (workplace / "docs/results.md").read_text()
         for name in TABLES:
             made = (workplace / OUT / name / f"{name}.md").exists()
             assert f"`python experiments/{name}.py{' quick' if made else ''}`" in page
-            assert (f"![{name}]({name}.png)" in page) == made == (workplace / f"docs/{name}.png").exists()
+            picture = f"tables/{name}/{name}.png"
+            assert (f"![{name}]({picture})" in page) == made == (workplace / "docs" / picture).exists()
         if not (workplace / OUT / "defense").exists():
             assert "`python experiments/defense.py` has not been run yet." in page
         (row,) = (
@@ -394,6 +417,40 @@ class TestCommands:
         )
         assert f"The attack as released reaches {float(row['attack_success_rate']):.1f} % on easy_vqa" in page
         assert not re.search(r"\bnan\b|\{\{|\{%|Undefined", page)
+
+    def test_published_tables_stay_without_the_runs(self, tmp_path, monkeypatch):
+        """The page in the repository is what the published tables make."""
+        shutil.copytree(ROOT / "docs/tables", tmp_path / "docs/tables")
+        here(monkeypatch, tmp_path, "results")
+        assert (tmp_path / "docs/results.md").read_text() == (ROOT / "docs/results.md").read_text()
+
+    def test_archived_records_make_the_same_table(self, workplace, tmp_path, monkeypatch):
+        here(monkeypatch, workplace, "vulnerability", "quick", "tabulate")
+        here(monkeypatch, workplace, "archive", "pack", str(tmp_path / "records"))
+        (archive,) = tmp_path.glob("records/*late_fusion*")
+        first = archive.read_bytes()
+        here(monkeypatch, workplace, "archive", "pack", str(tmp_path / "records"))
+        assert archive.read_bytes() == first
+        here(monkeypatch, tmp_path, "archive", "unpack", str(tmp_path / "records"))
+        here(monkeypatch, tmp_path, "vulnerability", "quick", "tabulate")
+        for file in ("vulnerability.csv", "vulnerability.md", "vulnerability.png"):
+            assert (tmp_path / OUT / "vulnerability" / file).read_bytes() == (
+                workplace / OUT / "vulnerability" / file
+            ).read_bytes()
+        (summary,) = tmp_path.glob("outputs/train/*late_fusion*/summary.json")
+        assert not (summary.parent / "best.ckpt").exists()
+        with pytest.raises(SystemExit, match="expected pack or unpack, and perhaps a folder, got nothing"):
+            here(monkeypatch, tmp_path, "archive")
+
+    def test_runs_of_other_weights_do_not_stand_side_by_side(self, workplace, tmp_path, monkeypatch):
+        here(monkeypatch, workplace, "archive", "pack", str(tmp_path / "records"))
+        here(monkeypatch, tmp_path, "archive", "unpack", str(tmp_path / "records"))
+        (cell,) = tmp_path.glob(f"{OUT}/attacks/*late_fusion-random_removal-*")
+        run = json.loads((cell / "run.json").read_text())
+        run["checkpoint"]["sha256"] = "0" * 64
+        (cell / "run.json").write_text(json.dumps(run))
+        with pytest.raises(SystemExit, match=r"late_fusion-random_removal-\w+ is of other weights \(0{12}\) than"):
+            here(monkeypatch, tmp_path, "vulnerability", "quick", "tabulate")
 
     @pytest.mark.parametrize(
         ("word", "message"),

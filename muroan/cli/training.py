@@ -152,7 +152,7 @@ def already_trained(config: DictConfig, command: str) -> bool:
             f"{out} holds another training ({differing}): choose another folder with out=..., or start anew with "
             f"rerun=true"
         )
-    if (out / "summary.json").exists():
+    if (out / "summary.json").exists() and (out / "best.ckpt").exists():
         log.info("already trained: %s (rerun=true trains again)", out / "best.ckpt")
         return True
     out.mkdir(parents=True, exist_ok=True)
