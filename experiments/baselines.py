@@ -17,8 +17,8 @@ from muroan.report import compare
 from muroan.report.cells import METRICS, Entry, Table
 
 REMOVAL = ["decoupling", "decoupling_reference", "greedy_occlusion", "greedy_occlusion_rerank", "saliency_removal"]
-REMOVAL += ["leave_one_out", "missing_modality", "decoupling_image"]
-ONE_MODALITY = {"easy_vqa": ["decoupling_text"], "digit_sum": ["decoupling_audio"]}
+REMOVAL += ["missing_modality", "decoupling_image"]
+OWN = {"easy_vqa": ["decoupling_text", "leave_one_out"], "digit_sum": ["decoupling_audio"]}  # leave_one_out is of words
 VALUES = [
     "sparse_rs",
     "one_pixel",
@@ -52,7 +52,7 @@ def choosing(dataset: str) -> list[str]:
 
 
 def removing(dataset: str) -> list[str]:
-    return [*REMOVAL, *ONE_MODALITY[dataset], "random_removal", "random_removal_budget"]
+    return [*REMOVAL, *OWN[dataset], "random_removal", "random_removal_budget"]
 
 
 def entries(sweep: Sweep, attacks: Callable[[str], Sequence[str]]) -> list[Entry]:
