@@ -1,7 +1,7 @@
 """The records behind the tables, kept with the code, so that tables can be made again and go on elsewhere.
 
     python experiments/archive.py pack      # outputs -> experiments/records, an archive a dataset and model
-    python experiments/archive.py unpack    # experiments/records -> outputs; what is there stays
+    python experiments/archive.py unpack    # experiments/records -> outputs; folders that are there stay as they are
 
 Another folder than experiments/records may follow the word.
 
@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 import tarfile
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
 
 OUTPUTS = Path("outputs")
 RECORDS = Path(sys.argv[2]) if len(sys.argv) > 2 else Path(__file__).parent / "records"
@@ -46,34 +47,59 @@ def slim(file: Path) -> bytes:
     return "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines).encode()
 
 
-def write(archive: Path, files: Iterable[Path]) -> None:
+def write(archive: Path, files: Mapping[str, bytes]) -> None:
     """The same bytes for the same records."""
     with tarfile.open(archive, "w:xz", preset=9) as tar:
-        for file in files:
-            content = slim(file)
-            entry = tarfile.TarInfo(str(file.relative_to(OUTPUTS)))
+        for name, content in sorted(files.items()):
+            entry = tarfile.TarInfo(name)
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content))
+
+
+def read(archive: Path) -> dict[str, bytes]:
+    """The files of an archive, by their names below outputs."""
+    found: dict[str, bytes] = {}
+    with tarfile.open(archive) as tar:
+        for entry in tar.getmembers():
+            name = PurePosixPath(entry.name)
+            if not entry.isfile() or name.is_absolute() or ".." in name.parts or name.name not in FILES:
+                sys.exit(f"{archive} is no archive of records: it holds {entry.name!r}")
+            content = tar.extractfile(entry)
+            assert content is not None
+            found[entry.name] = content.read()
+    return found
 
 
 def pack() -> None:
     RECORDS.mkdir(parents=True, exist_ok=True)
     for name, files in kept().items():
         archive = RECORDS / f"{name}.tar.xz"
-        write(archive, files)
-        print(f"{archive}: {len(files)} files, {archive.stat().st_size / 1e6:.1f} MB")
+        own = {file.relative_to(OUTPUTS).as_posix(): slim(file) for file in files}
+        folders = {str(PurePosixPath(file).parent) for file in own}
+        # What is not in outputs stays in the archive.
+        other = read(archive) if archive.exists() else {}
+        other = {file: content for file, content in other.items() if str(PurePosixPath(file).parent) not in folders}
+        write(archive, {**other, **own})
+        print(f"{archive}: {len(own)} files, and {len(other)} that it had; {archive.stat().st_size / 1e6:.1f} MB")
 
 
 def unpack() -> None:
-    for archive in sorted(RECORDS.glob("*.tar.xz")):
-        with tarfile.open(archive) as tar:
-            new = [entry for entry in tar.getmembers() if not (OUTPUTS / entry.name).exists()]
-            for entry in new:
-                content = tar.extractfile(entry)
-                assert content is not None
-                (OUTPUTS / entry.name).parent.mkdir(parents=True, exist_ok=True)
-                (OUTPUTS / entry.name).write_bytes(content.read())
-            print(f"{archive}: {len(new)} of {len(tar.getmembers())} files are new")
+    archives = sorted(RECORDS.glob("*.tar.xz"))
+    if not archives:
+        sys.exit(f"{RECORDS} holds no archive of records: name a folder that `archive.py pack` wrote")
+    for archive in archives:
+        folders: dict[Path, dict[str, bytes]] = {}
+        for file, content in read(archive).items():
+            path = OUTPUTS / file
+            folders.setdefault(path.parent, {})[path.name] = content
+        new = {folder: files for folder, files in folders.items() if not folder.exists()}
+        for folder, files in new.items():  # whole or not at all
+            part = folder.with_name(f".{folder.name}.{os.getpid()}")
+            part.mkdir(parents=True)
+            for file, content in files.items():
+                (part / file).write_bytes(content)
+            part.rename(folder)
+        print(f"{archive}: {len(new)} of {len(folders)} folders are new")
 
 
 if __name__ == "__main__":

@@ -78,7 +78,8 @@ def main() -> None:
         if folders := [cell.folder for entry in removal for cell in entry.cells if cell.run is not None]:
             print(compare.write(folders, OUT / "baselines/compare"))
     sweep.samples = sweep.chosen["values"]
-    if values := entries(sweep, choosing):
+    values = entries(sweep, choosing)
+    if any(entry.runs for entry in values):
         caption = (CHOOSING + BUDGET).format(values=sweep.samples, budget=sweep.budget)
         sweep.write(Table("values", caption, metrics, values))
 

@@ -110,7 +110,7 @@ def main() -> None:
     page = out / "certified.md"
     caption = CAPTION.format(samples=sweep.samples, budget=budget)
     page.write_text(f"{caption}\n\n{markdown_table([HEADS, *map(written, rows)], texts=4)}\n{missing}")
-    sweep.done(page)
+    sweep.finish(page)
 
 
 def written(row: Sequence[object]) -> list[str]:

@@ -129,7 +129,7 @@ def main() -> None:
     except MuroanError as error:
         sys.exit("".join([*gathered.missing(), str(error)]))
     page.write_text("".join([page.read_text(), *gathered.missing()]))
-    sweep.done(page)
+    sweep.finish(page)
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def main() -> None:
     caption = CAPTION.format(samples=sweep.samples, budget=sweep.budget, asked=sweep.chosen["asked"])
     page = out / "minimum.md"
     page.write_text(f"{caption}\n\n{markdown_table([HEADS, *lines], texts=3)}\n{missing}")
-    sweep.done(page)
+    sweep.finish(page)
 
 
 if __name__ == "__main__":

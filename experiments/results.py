@@ -2,7 +2,8 @@
 
     python experiments/results.py docs=FOLDER      # elsewhere than in docs
 
-A table of outputs/experiments takes the place of the published one unless it is of a part alone. results.md.jinja has
+A table of outputs/experiments takes the place of the published one unless it is of a part alone, lacks cells that the
+other has, or is older. results.md.jinja has
 the words; every figure in them is looked up in the CSV files of the published tables.
 """
 
@@ -25,16 +26,32 @@ from muroan.report.tables import NOTHING, figure
 
 DOCS = Path(next((word.partition("=")[2] for word in sys.argv[1:] if word.startswith("docs=")), "docs"))
 TABLES = DOCS / "tables"
-NARROWED = re.compile(r"\b(quick|models=|datasets=|attacks=|defenses=|seeds=)")
+# What a command may add without leaving anything out.
+HARMLESS = re.compile(r"(device|tracker|hydra/launcher)=.*")
+
+
+def kept(table: Path) -> str:
+    """Why a table does not take the place of the published one; empty where it does."""
+    own = json.loads((table / "about.json").read_text())
+    known = about(table.name)
+    there, asked = own["cells"]
+    if not there:
+        return "nothing of it was run"
+    if not known:
+        return ""
+    narrowing = [word for word in own["command"].split()[2:] if not HARMLESS.fullmatch(word)]
+    if narrowing and own["command"] != known["command"]:
+        return f"it is of a part alone ({' '.join(narrowing)})"
+    if there < asked and there < (known.get("cells") or [asked])[0]:
+        return f"{asked - there} of its {asked} cells are missing"
+    return "it is older" if own["date"] < known["date"] else ""
 
 
 def publish(table: Path) -> None:
-    """Copy a table to the published ones, if it is whole, by the same command as the one there, or the first."""
+    """Copy a table to the published ones."""
     published = TABLES / table.name
-    command = json.loads((table / "about.json").read_text())["command"]
-    known = about(table.name).get("command", command)
-    if NARROWED.search(command) and command != known:
-        print(f"{table} is of a part alone, by {command}: {published} stays, by {known} (remove it to have this one)")
+    if why := kept(table):
+        print(f"{table} is not published, {why}: {published} stays (remove it to have the other)")
         return
     shutil.rmtree(published, ignore_errors=True)
     published.mkdir(parents=True)

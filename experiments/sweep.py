@@ -60,6 +60,7 @@ KNOWN = [
 ]
 
 Plan = dict[tuple[str, str], list[tuple[Path, dict]]]  # (model, attack) -> folder and identity, one a seed
+Found = dict[tuple[str, str], tuple[Cell, ...]]  # likewise a cell a seed
 
 
 class Sweep:
@@ -75,7 +76,9 @@ class Sweep:
         quick: whether it is the small size.
         tabulate: whether nothing is to be run.
         options: what goes on to muroan.
-        weights: hashes of the undefended models whose cells were read, by dataset, model and seed.
+        weights: hashes of the models whose cells were read, by the folder of their training.
+        torch: the versions that made these cells.
+        done: of every cell and training that was asked for, by its folder, whether it is there.
     """
 
     def __init__(self, full: dict[str, str], quick: dict[str, str]):
@@ -95,6 +98,8 @@ class Sweep:
         self.seeds, self.samples = [int(seed) for seed in chosen["seeds"].split(",")], chosen["samples"]
         self.chosen = chosen
         self.weights: dict[str, str] = {}
+        self.torch: set[str] = set()
+        self.done: dict[Path, bool] = {}
         self.budget = dict(word.split("=", 1) for word in self.options).get("threat_model.max_queries", "500")
         if unknown := set(self.datasets) - set(TRAINED):
             sys.exit(f"datasets must be among {', '.join(TRAINED)}, got {', '.join(sorted(unknown))}")
@@ -105,9 +110,7 @@ class Sweep:
         one.models, one.seeds = [model], [seed]
         return one
 
-    def cells(
-        self, dataset: str, attacks: Sequence[str], *options: str, defense: str = "none"
-    ) -> dict[tuple[str, str], tuple[Cell, ...]]:
+    def cells(self, dataset: str, attacks: Sequence[str], *options: str, defense: str = "none") -> Found:
         """Train, harden and attack what is not done, and read what is.
 
         Args:
@@ -131,14 +134,17 @@ class Sweep:
         # muroan skips finished cells itself, but has to load a model to see that they are.
         left = every if "rerun=true" in self.options else [cell for cell in every if cell.run is None]
         if self.tabulate or not left:
-            return found
+            return self._noted(found)
         axes = [f"model={_listed(c.model for c in left)}", f"seed={_listed(c.seed for c in left)}"]
         ready = [*shared, *axes, f"attack={left[0].attack}", *([limit] if self.quick else [])]  # options may be its own
         muroan("train", "-m", *ready)
         if defense != "none":
             muroan("harden", "-m", *ready)
+        for cell in every:
+            if cell not in left:
+                _check_weights(cell)
         muroan("attack", "-m", *shared, *axes, f"attack={_listed(c.attack for c in left)}", limit, folder)
-        return self._read(dataset, plan)
+        return self._noted(self._read(dataset, plan))
 
     def trained(self, dataset: str, *options: str) -> dict[str, list[dict[str, Any] | None]]:
         """Train what is not trained.
@@ -154,44 +160,69 @@ class Sweep:
         files = [[folder / "summary.json" for folder, _ in places] for places in plan]
         if not self.tabulate and not all(file.exists() for row in files for file in row):
             muroan("train", "-m", *shared, f"model={_listed(self.models)}", f"seed={_listed(self.seeds)}")
+        self.done |= {file.parent: file.exists() for row in files for file in row}
         found = [[json.loads(file.read_text()) if file.exists() else None for file in row] for row in files]
         return dict(zip(self.models, found, strict=True))
 
-    def _read(self, dataset: str, plan: Plan) -> dict[tuple[str, str], tuple[Cell, ...]]:
-        found = {
+    def _read(self, dataset: str, plan: Plan) -> Found:
+        return {
             (model, attack): tuple(
                 read_cell(dataset, model, attack, seed, *place) for seed, place in zip(self.seeds, places, strict=True)
             )
             for (model, attack), places in plan.items()
         }
-        for cell in (cell for cells in found.values() for cell in cells if cell.run is not None):
-            assert cell.run is not None
-            if cell.run.about.get("defense"):
+
+    def _noted(self, found: Found) -> Found:
+        """The cells of a table, whose models are noted, or refused beside others of the same training."""
+        for cell in (cell for cells in found.values() for cell in cells):
+            self.done[cell.folder] = cell.run is not None
+            if cell.run is None:
                 continue
-            where, weights = f"{dataset} · {cell.model} · {cell.seed}", cell.run.target[2][:12]
-            if self.weights.setdefault(where, weights) != weights:
+            self.torch.add(str((cell.run.about.get("versions") or {}).get("torch")).partition("+")[0])
+            trained, weights = _trained(cell).name, cell.run.target[2][:12]
+            if self.weights.setdefault(trained, weights) != weights:
                 sys.exit(
-                    f"{cell.folder} is of other weights ({weights}) than the table's other runs of {where} "
-                    f"({self.weights[where]}), so that they cannot stand side by side: remove it, or those, and run "
+                    f"{cell.folder} is of other weights ({weights}) than the table's other runs of {trained} "
+                    f"({self.weights[trained]}), so that they cannot stand side by side: remove it, or those, and run "
                     f"the table again"
                 )
         return found
 
     def write(self, table: Table) -> None:
         """Write a table to its folder and show it."""
-        self.done(table.write(OUT / table.name))
+        self.finish(table.write(OUT / table.name))
 
-    def done(self, page: Path) -> None:
+    def finish(self, page: Path) -> None:
         """Note beside a page what made it, and show the page."""
         words = [f"experiments/{Path(sys.argv[0]).name}", *(word for word in sys.argv[1:] if word != "tabulate")]
         about = {
             "command": f"python {shlex.join(words)}",
             "date": date.today().isoformat(),
-            "torch": version("torch").partition("+")[0],
+            "torch": ", ".join(sorted(self.torch)) or version("torch").partition("+")[0],
+            "cells": [sum(self.done.values()), len(self.done)],  # that are there, and that were asked for
             "weights": dict(sorted(self.weights.items())),
         }
         write_json(page.with_name("about.json"), about)
         print(f"\n{page.read_text(encoding='utf-8')}\n{page}")
+
+
+def _trained(cell: Cell) -> Path:
+    """The folder that the model of a cell was trained in; of one that came trained, its name."""
+    assert cell.run is not None
+    path = (cell.run.about.get("checkpoint") or {}).get("path")
+    return Path(path).parent if path else Path(f"{cell.dataset}-{cell.model}")
+
+
+def _check_weights(cell: Cell) -> None:
+    """Refuse to go on beside a finished cell whose model was trained again since, to other weights."""
+    assert cell.run is not None
+    file = _trained(cell) / "summary.json"
+    if file.exists() and (weights := json.loads(file.read_text())["weights"]) != cell.run.target[2]:
+        sys.exit(
+            f"{file.parent} was trained again, to other weights ({weights[:12]}) than those of {cell.folder} "
+            f"({cell.run.target[2][:12]}), so that new attacks on it cannot stand beside old ones: remove the folders "
+            f"of this model under {OUT}/attacks, and run the table again"
+        )
 
 
 def _listed(values: Iterable[object]) -> str:

@@ -19,7 +19,7 @@ def main() -> None:
     if sweep.tabulate:
         sys.exit("transfer has nothing to tabulate: it asks the models anew, which takes seconds; leave the word out")
     muroan("transfer", f"runs=[{folders}]", f"out={OUT}/transfer", *sweep.options)
-    sweep.done(OUT / "transfer/transfer.md")
+    sweep.finish(OUT / "transfer/transfer.md")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def main() -> None:
     lines += [[*map(str, names), figure(accuracy, "rate")] for *names, accuracy in rows[1:]]
     page = out / "unimodal.md"
     page.write_text(f"{CAPTION}\n\n{markdown_table(lines, texts=4)}")
-    sweep.done(page)
+    sweep.finish(page)
 
 
 if __name__ == "__main__":

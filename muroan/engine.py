@@ -236,8 +236,12 @@ class _Store:
         if name not in self.memories:
             tensors = features if isinstance(features, tuple) else (features,)
             rows = min(BATCHES * self.slots, BYTES // max(1, sum(t[0].nbytes for t in tensors)))
-            # Fewer than of a few batches would be gone before they are asked for again.
-            self.memories[name] = _Memory(features, rows) if rows >= 4 * self.slots else None
+            self.memories[name] = None
+            if rows >= 4 * self.slots:  # fewer would be gone before they are asked for again
+                try:
+                    self.memories[name] = _Memory(features, rows)
+                except torch.OutOfMemoryError:
+                    return
         if (memory := self.memories[name]) is not None:
             at = torch.tensor(memory.take_in(parts)).to(self.device, non_blocking=True)
             map_features(lambda room, new: room.index_copy_(0, at, new), memory.features, features)
@@ -693,7 +697,7 @@ class QueryEngine:
             except torch.OutOfMemoryError:
                 target = None
         if told is None or target is None:  # not while the error is held, and with it all that the pass has filled
-            self._halve(len(lives))
+            self._make_room(len(lives))
             for live, state in zip(lives, states, strict=True):
                 live.rng.bit_generator.state = state  # type: ignore[union-attr]
             return self._together(asked, lives)
@@ -778,7 +782,7 @@ class QueryEngine:
         except torch.OutOfMemoryError:
             responses = None
         if responses is None:
-            self._halve(len(lives))
+            self._make_room(len(lives))
             return self._verify(lives)
         return [(r, changed, layouts) for r, (_, changed, layouts) in zip(responses, answers, strict=True)]
 
@@ -796,18 +800,21 @@ class QueryEngine:
         self.statistics.rows += len(lives)
         return self._responses(packed, prediction.logits.shape[1])
 
-    def _halve(self, size: int) -> None:
-        """Go on with batches of half the size, after the device ran out of memory.
+    def _make_room(self, size: int) -> None:
+        """Go on after the device ran out of memory: without remembered features, or else with batches of half the size.
 
         Raises:
             MuroanError: the batch had one row.
         """
-        if size == 1:
-            raise MuroanError("the device has too little memory for a batch of one question") from None
-        self.batch_size = (size + 1) // 2
-        self._store.memories = dict.fromkeys(self.model.modalities)  # nothing is remembered any more
         self.statistics.out_of_memory += 1
-        warnings.warn(f"out of memory: going on with batches of {self.batch_size}", stacklevel=3)
+        if any(self._store.memories.values()):
+            self._store.memories = dict.fromkeys(self.model.modalities)  # nothing is remembered any more
+            warnings.warn("out of memory: going on without remembered features", stacklevel=3)
+        elif size == 1:
+            raise MuroanError("the device has too little memory for a batch of one question") from None
+        else:
+            self.batch_size = (size + 1) // 2
+            warnings.warn(f"out of memory: going on with batches of {self.batch_size}", stacklevel=3)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -826,7 +833,7 @@ class QueryEngine:
         except torch.OutOfMemoryError:
             packed = None
         if packed is None:  # not while the error is held, and with it all that the pass has filled
-            self._halve(len(questions))
+            self._make_room(len(questions))
             return self._ask(questions)
         if not np.isfinite(packed).all():
             row = int(np.argmax(~np.isfinite(packed).all(1)))

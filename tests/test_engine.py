@@ -856,6 +856,36 @@ def test_out_of_memory_halves_the_batch_and_changes_no_record(which, where):
         assert engine.batch_size == 4  # 32, 16, 8, 4
 
 
+def test_what_is_remembered_goes_before_the_batch_is_halved(monkeypatch):
+    samples = varied(RandomToy())
+    expected = muroan.evaluate(RandomToy(), samples, Greedy(), threat_model=SINGLE, batch_size=8)
+    engine = QueryEngine(RandomToy(), Greedy(), SINGLE, batch_size=8)
+
+    def crowded(features, fuse=engine.model.fuse):
+        if any(engine._store.memories.values()):
+            raise torch.OutOfMemoryError("toy")
+        return fuse(features)
+
+    monkeypatch.setattr(engine.model, "fuse", crowded)
+    with pytest.warns(UserWarning, match="going on without remembered features"):
+        records = sorted(engine.run(samples), key=lambda r: r.index)
+    assert [r.to_json() for r in records] == [r.to_json() for r in expected]
+    assert (engine.batch_size, engine.statistics.out_of_memory) == (8, 1)
+
+
+def test_without_room_to_remember_nothing_is(monkeypatch):
+    def full(self, features, rows):
+        raise torch.OutOfMemoryError("toy")
+
+    samples = varied(RandomToy())
+    expected = muroan.evaluate(RandomToy(), samples, Greedy(), threat_model=SINGLE, batch_size=1)
+    monkeypatch.setattr("muroan.engine._Memory.__init__", full)
+    engine = QueryEngine(RandomToy(), Greedy(), SINGLE, batch_size=1)
+    records = sorted(engine.run(samples), key=lambda r: r.index)
+    assert [r.to_json() for r in records] == [r.to_json() for r in expected]
+    assert engine.statistics.out_of_memory == 0
+
+
 class Holding(RandomToy):
     """Has room for some rows, each of which takes its room for as long as the tensor of its pass lives."""
 

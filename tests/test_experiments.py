@@ -9,6 +9,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -295,7 +296,9 @@ class TestCommands:
         assert any(float(row["attack_success_rate"]) > 0 for row in rows if row["attack"] == "decoupling")
         about = json.loads((workplace / OUT / name / "about.json").read_text())
         assert about["command"] == f"python experiments/{name}.py quick"
-        assert all(where.startswith("easy_vqa · ") and where.endswith(" · 0") for where in about["weights"])
+        assert about["weights"]
+        assert all(where.startswith("easy_vqa-") for where in about["weights"])  # folders of trainings
+        assert about["cells"][0] == about["cells"][1] > 0
 
     def test_tables_share_their_models_and_cells(self, workplace):
         if not (workplace / OUT / "threat_model").exists():
@@ -396,12 +399,12 @@ class TestCommands:
         capsys.readouterr()
         here(monkeypatch, workplace, "vulnerability", "quick", "tabulate")
         here(monkeypatch, workplace, "results")
-        told = f"{OUT}/vulnerability is of a part alone, by python experiments/vulnerability.py quick: docs/tables/vuln"
+        told = f"{OUT}/vulnerability is not published, it is of a part alone (quick): docs/tables/vulnerability stays"
         assert told in capsys.readouterr().out
         assert "models=late_fusion" in (published / "about.json").read_text()
         shutil.rmtree(published)
         here(monkeypatch, workplace, "results")
-        assert "vulnerability is of a part" not in capsys.readouterr().out
+        assert "vulnerability is not published" not in capsys.readouterr().out
         page = (workplace / "docs/results.md").read_text()
         for name in TABLES:
             made = (workplace / OUT / name / f"{name}.md").exists()
@@ -417,6 +420,35 @@ class TestCommands:
         )
         assert f"The attack as released reaches {float(row['attack_success_rate']):.1f} % on easy_vqa" in page
         assert not re.search(r"\bnan\b|\{\{|\{%|Undefined", page)
+
+    @pytest.mark.parametrize(
+        ("words", "cells", "date", "why"),
+        [
+            ("", [4, 4], "2026-02-02", ""),
+            ("device=gpu tracker=wandb", [4, 4], "2026-02-02", ""),
+            ("", [3, 4], "2026-02-02", "1 of its 4 cells are missing"),
+            ("", [0, 4], "2026-02-02", "nothing of it was run"),
+            ("", [4, 4], "2026-01-31", "it is older"),
+            ("samples=5", [4, 4], "2026-02-02", "it is of a part alone (samples=5)"),
+            ("threat_model.max_queries=3", [4, 4], "2026-02-02", "it is of a part alone (threat_model.max_queries=3)"),
+        ],
+    )
+    def test_what_takes_the_place_of_a_published_table(self, tmp_path, monkeypatch, capsys, words, cells, date, why):
+        known = {
+            "command": "python experiments/t.py",
+            "date": "2026-02-01",
+            "torch": "2",
+            "cells": [4, 4],
+            "weights": {},
+        }
+        made = {**known, "command": f"python experiments/t.py {words}".strip(), "cells": cells, "date": date}
+        for folder, about, text in (("docs/tables/t", known, "old"), (f"{OUT}/t", made, "new")):
+            (tmp_path / folder).mkdir(parents=True)
+            (tmp_path / folder / "about.json").write_text(json.dumps(about))
+            (tmp_path / folder / "t.md").write_text(text)
+        here(monkeypatch, tmp_path, "results")
+        assert (tmp_path / "docs/tables/t/t.md").read_text() == ("old" if why else "new")
+        assert (f"{OUT}/t is not published, {why}: docs/tables/t stays" in capsys.readouterr().out) == bool(why)
 
     def test_published_tables_stay_without_the_runs(self, tmp_path, monkeypatch):
         """The page in the repository is what the published tables make."""
@@ -439,8 +471,26 @@ class TestCommands:
             ).read_bytes()
         assert list(tmp_path.glob("outputs/train/*late_fusion*/summary.json"))
         assert not list(tmp_path.glob("outputs/train/*/*.ckpt"))
+        # What is there stays as it is, and what is archived does not go when less is packed.
+        (first, *others) = sorted(tmp_path.glob("outputs/experiments/attacks/*"))
+        (first / "records.jsonl").unlink()
+        for folder in others:
+            shutil.rmtree(folder)
+        here(monkeypatch, tmp_path, "archive", "unpack", str(tmp_path / "records"))
+        assert not (first / "records.jsonl").exists()
+        assert all((folder / "records.jsonl").exists() for folder in others)
+        shutil.rmtree(first)
+        here(monkeypatch, tmp_path, "archive", "pack", str(tmp_path / "records"))
+        here(monkeypatch, tmp_path, "archive", "unpack", str(tmp_path / "records"))
+        assert (first / "records.jsonl").exists()
         with pytest.raises(SystemExit, match="expected pack or unpack, and perhaps a folder, got nothing"):
             here(monkeypatch, tmp_path, "archive")
+        with pytest.raises(SystemExit, match="nothing holds no archive of records"):
+            here(monkeypatch, tmp_path, "archive", "unpack", "nothing")
+        with tarfile.open(tmp_path / "records/bad.tar.xz", "w:xz") as tar:
+            tar.addfile(tarfile.TarInfo("../run.json"))
+        with pytest.raises(SystemExit, match=r"bad.tar.xz is no archive of records: it holds '\.\./run.json'"):
+            here(monkeypatch, tmp_path, "archive", "unpack", str(tmp_path / "records"))
 
     def test_runs_of_other_weights_do_not_stand_side_by_side(self, workplace, tmp_path, monkeypatch):
         here(monkeypatch, workplace, "archive", "pack", str(tmp_path / "records"))

@@ -156,6 +156,7 @@ def already_trained(config: DictConfig, command: str) -> bool:
         log.info("already trained: %s (rerun=true trains again)", out / "best.ckpt")
         return True
     out.mkdir(parents=True, exist_ok=True)
+    (out / "summary.json").unlink(missing_ok=True)  # of a model whose weights are gone
     write_json(out / "identity.json", identity(config, command))
     return False
 
