@@ -379,6 +379,33 @@ class TestCommands:
         assert "at most 99 queries" in page
         assert "not run: seed 0 of decoupling, decoupling_first, decoupling_reference, random_removal" in page
 
+    def test_hardened_models_of_other_weights_do_not_either(self, tmp_path, monkeypatch):
+        monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+        monkeypatch.setattr(sys, "argv", ["table.py"])
+        monkeypatch.delitem(sys.modules, "sweep", raising=False)
+        from sweep import Sweep
+
+        def cell(attack: str, trained: str, weights: str) -> Cell:
+            found = write_cell(tmp_path / weights, FIRST, attack)
+            assert found.run is not None
+            checkpoint = {"path": f"outputs/train/{trained}/best.ckpt", "sha256": weights}
+            about = {
+                **found.run.about,
+                "defense": "mmcert",
+                "checkpoint": checkpoint,
+                "versions": {"torch": "2.9.1+cpu"},
+            }
+            return replace(found, run=replace(found.run, about=about))
+
+        sweep = Sweep({}, {})
+        sweep._noted({("m", "a"): (cell("a", "d-m-mmcert-1", "w1"),), ("m", "b"): (cell("b", "d-m-mmcert-2", "w2"),)})
+        assert sweep.weights == {"d-m-mmcert-1": "w1", "d-m-mmcert-2": "w2"}
+        assert (sweep.torch, sorted(sweep.done.values())) == ({"2.9.1"}, [True, True])
+        with pytest.raises(
+            SystemExit, match=r"c-0 is of other weights \(w3\) than the table's other runs of d-m-mmcert-1"
+        ):
+            sweep._noted({("m", "c"): (cell("c", "d-m-mmcert-1", "w3"),)})
+
     def test_what_chooses_values_is_a_table_of_its_own(self, workplace, monkeypatch):
         if not (workplace / OUT / "values").exists():
             here(monkeypatch, workplace, "baselines", "quick")

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 from conftest import SMALL, environment, muroan
+from omegaconf import OmegaConf
 from test_cli import wait_for_lines
 from test_compare import rows_of
 
 from muroan import cli
+from muroan.cli.training import already_trained
 from muroan.results import read_records
 
 HARDEN = (
@@ -169,6 +171,19 @@ def test_what_is_not_trained_to_the_end_is_not_attacked(
             SystemExit, match=r"not trained to the end: the same command goes on with it, `muroan train"
         ):
             cli.main()
+
+
+def test_a_summary_without_its_weights_is_no_training(tmp_path, monkeypatch):
+    """As archives of records have it: training begins anew, and is not done before it has ended."""
+    monkeypatch.setattr("muroan.cli.training.identity", lambda config, command: {"seed": 0})
+    for name, content in (("summary.json", {"identity": {"seed": 0}}), ("identity.json", {"seed": 0})):
+        (tmp_path / name).write_text(json.dumps(content))
+    config = OmegaConf.create({"out": str(tmp_path), "rerun": False})
+    assert not already_trained(config, "train")
+    (tmp_path / "best.ckpt").touch()  # of the first epoch; then it is killed
+    assert not already_trained(config, "train")
+    (tmp_path / "summary.json").write_text(json.dumps({"identity": {"seed": 0}}))
+    assert already_trained(config, "train")
 
 
 def test_a_checkpoint_of_another_training_is_not_taken_for_a_hardened_one(
