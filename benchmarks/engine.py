@@ -21,10 +21,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
 
+import muroan.engine
 from muroan.attacks.base import Ask, Attack, AttackedSample, Response, ThreatModel
 from muroan.attacks.decoupling import Decoupling
 from muroan.attacks.decoupling_reference import DecouplingReference
@@ -230,23 +232,30 @@ class Stopwatch:
         return run
 
 
+# What is encoded once alone: nothing, whole inputs, or what removals leave of them, too.
+REUSE = {"on": (True, muroan.engine.BATCHES), "whole inputs": (True, 0), "off": (False, 0)}
+
+
 def by_attack(
     model: MultimodalModel, samples: list[Sample], size: int, precision: str, bare: float
 ) -> dict[str, float]:
-    """Forwards a second of each removal attack over bare forwards, and where its time goes."""
+    """Forwards a second of each removal attack over bare forwards, what it encodes, and where its time goes."""
     device = next(model.parameters()).device
     ratios = {}
-    print(f"{'attack':22s} {'reuse':>6s} {'forwards/s':>10s} {'of bare':>8s} {'in the model':>13s}")
+    print(f"{'attack':22s} {'reuse':12s} {'forwards/s':>10s} {'of bare':>8s} {'in the model':>13s}  encoded")
     for name, make in REMOVAL_ATTACKS.items():
-        for reuse in (True, False):
+        for reuse, (features, batches) in REUSE.items():
             limit = ThreatModel(max_queries=500)
-            engine = QueryEngine(model, make(), limit, size, precision, keep_media=0, reuse_features=reuse)
-            with Stopwatch(model, device) as watch:
+            engine = QueryEngine(model, make(), limit, size, precision, keep_media=0, reuse_features=features)
+            with patch.object(muroan.engine, "BATCHES", batches), Stopwatch(model, device) as watch:
                 seconds, _ = timed(lambda engine=engine: list(engine.run(samples)), device)  # type: ignore[misc]
-            rate = engine.statistics.rows / seconds
-            ratios[f"{name}, reuse {'on' if reuse else 'off'}"] = rate / bare
+            rows = engine.statistics.rows
+            ratios[f"{name}, reuse {reuse}"] = rows / seconds / bare
             share = 100 * watch.seconds / seconds
-            print(f"{name:22s} {'on' if reuse else 'off':>6s} {rate:10.0f} {rate / bare:8.2f} {share:11.0f} %")
+            encoded = ", ".join(f"{100 * n / rows:.0f} % {m}" for m, n in engine.statistics.encoded.items())
+            print(
+                f"{name:22s} {reuse:12s} {rows / seconds:10.0f} {rows / seconds / bare:8.2f} {share:11.0f} %  {encoded}"
+            )
     return ratios
 
 

@@ -19,6 +19,7 @@ import sys
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 
 OUTPUTS = Path("outputs")
 RECORDS = Path(sys.argv[2]) if len(sys.argv) > 2 else Path(__file__).parent / "records"
@@ -26,7 +27,7 @@ RECORDS = Path(sys.argv[2]) if len(sys.argv) > 2 else Path(__file__).parent / "r
 FILES = ("run.json", "records.jsonl", "certificates.jsonl", "summary.json", "identity.json")
 
 
-def kept() -> dict[str, list[Path]]:
+def finished() -> dict[str, list[Path]]:
     """The files of every finished training, attack and certificate, by dataset and model."""
     found: dict[str, list[Path]] = {}
     for pattern in ("train/*", "certify/*", "experiments/attacks/*"):
@@ -38,7 +39,11 @@ def kept() -> dict[str, list[Path]]:
 
 
 def slim(file: Path) -> bytes:
-    """A file without the pictures and sounds of the samples."""
+    """A file without the pictures and sounds of the samples, and without where the data lay on this machine."""
+    if file.name == "run.json":
+        run = json.loads(file.read_text())
+        run.get("config", {}).get("dataset", {}).pop("root", None)
+        return (json.dumps(run, indent=2) + "\n").encode()
     if file.suffix != ".jsonl":
         return file.read_bytes()
     lines = [json.loads(line) for line in file.read_text().splitlines()]
@@ -48,12 +53,14 @@ def slim(file: Path) -> bytes:
 
 
 def write(archive: Path, files: Mapping[str, bytes]) -> None:
-    """The same bytes for the same records."""
-    with tarfile.open(archive, "w:xz", preset=9) as tar:
+    """The same bytes for the same records; a reader sees the old archive or the new one, never half of it."""
+    temporary = archive.with_name(f".{archive.name}.{os.getpid()}")
+    with tarfile.open(temporary, "w:xz", preset=9) as tar:
         for name, content in sorted(files.items()):
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content))
+    temporary.replace(archive)
 
 
 def read(archive: Path) -> dict[str, bytes]:
@@ -72,7 +79,7 @@ def read(archive: Path) -> dict[str, bytes]:
 
 def pack() -> None:
     RECORDS.mkdir(parents=True, exist_ok=True)
-    for name, files in kept().items():
+    for name, files in finished().items():
         archive = RECORDS / f"{name}.tar.xz"
         own = {file.relative_to(OUTPUTS).as_posix(): slim(file) for file in files}
         folders = {str(PurePosixPath(file).parent) for file in own}
@@ -93,12 +100,15 @@ def unpack() -> None:
             path = OUTPUTS / file
             folders.setdefault(path.parent, {})[path.name] = content
         new = {folder: files for folder, files in folders.items() if not folder.exists()}
-        for folder, files in new.items():  # whole or not at all
-            part = folder.with_name(f".{folder.name}.{os.getpid()}")
-            part.mkdir(parents=True)
-            for file, content in files.items():
-                (part / file).write_bytes(content)
-            part.rename(folder)
+        OUTPUTS.mkdir(exist_ok=True)
+        for folder, files in new.items():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(dir=OUTPUTS, prefix=".unpack-") as part:  # whole or not at all
+                whole = Path(part, folder.name)
+                whole.mkdir()
+                for file, content in files.items():
+                    (whole / file).write_bytes(content)
+                whole.rename(folder)
         print(f"{archive}: {len(new)} of {len(folders)} folders are new")
 
 

@@ -3,8 +3,8 @@
     python experiments/results.py docs=FOLDER      # elsewhere than in docs
 
 A table of outputs/experiments takes the place of the published one unless it is of a part alone, lacks cells that the
-other has, or is older. results.md.jinja has
-the words; every figure in them is looked up in the CSV files of the published tables.
+other has, or is older. results.md.jinja has the words; every figure in them is looked up in the CSV files of the
+published tables.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from muroan.report.tables import NOTHING, figure
 DOCS = Path(next((word.partition("=")[2] for word in sys.argv[1:] if word.startswith("docs=")), "docs"))
 TABLES = DOCS / "tables"
 # What a command may add without leaving anything out.
-HARMLESS = re.compile(r"(device|tracker|hydra/launcher)=.*")
+HARMLESS = re.compile(r"full|(device|tracker|hydra/launcher)=.*")
 
 
-def kept(table: Path) -> str:
+def objection(table: Path) -> str:
     """Why a table does not take the place of the published one; empty where it does."""
     own = json.loads((table / "about.json").read_text())
     known = about(table.name)
@@ -50,7 +50,7 @@ def kept(table: Path) -> str:
 def publish(table: Path) -> None:
     """Copy a table to the published ones."""
     published = TABLES / table.name
-    if why := kept(table):
+    if why := objection(table):
         print(f"{table} is not published, {why}: {published} stays (remove it to have the other)")
         return
     shutil.rmtree(published, ignore_errors=True)

@@ -132,7 +132,8 @@ class Sweep:
             sys.exit(str(error))
         every = [cell for cells in found.values() for cell in cells]
         # muroan skips finished cells itself, but has to load a model to see that they are.
-        left = every if "rerun=true" in self.options else [cell for cell in every if cell.run is None]
+        again = "rerun=true" in self.options
+        left = [cell for cell in every if again or cell.run is None]
         if self.tabulate or not left:
             return self._noted(found)
         axes = [f"model={_listed(c.model for c in left)}", f"seed={_listed(c.seed for c in left)}"]
@@ -140,8 +141,8 @@ class Sweep:
         muroan("train", "-m", *ready)
         if defense != "none":
             muroan("harden", "-m", *ready)
-        for cell in every:
-            if cell not in left:
+        for cell in () if again else every:
+            if cell.run is not None:
                 _check_weights(cell)
         muroan("attack", "-m", *shared, *axes, f"attack={_listed(c.attack for c in left)}", limit, folder)
         return self._noted(self._read(dataset, plan))

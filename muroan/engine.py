@@ -193,6 +193,10 @@ class _Store:
         self.embedding: Tensor | None = None
         self.labels = torch.zeros(slots, dtype=torch.long, device=device)
 
+    def tensor(self, values: Any) -> Tensor:
+        # Made on a GPU, it would wait for all that the GPU has been given to do.
+        return torch.tensor(values).to(self.device, non_blocking=True)
+
     def _room(self, like: Tensor) -> Tensor:
         return torch.zeros((self.slots, *like.shape[1:]), dtype=like.dtype, device=self.device)
 
@@ -243,7 +247,7 @@ class _Store:
                 except torch.OutOfMemoryError:
                     return
         if (memory := self.memories[name]) is not None:
-            at = torch.tensor(memory.take_in(parts)).to(self.device, non_blocking=True)
+            at = self.tensor(memory.take_in(parts))
             map_features(lambda room, new: room.index_copy_(0, at, new), memory.features, features)
 
     def keep_embedding(self, slots: Tensor, embedding: Tensor) -> None:
@@ -723,7 +727,7 @@ class QueryEngine:
 
     def _target(self, lives: list[_Live]) -> Target:
         store = self._store
-        slots = self._tensor([live.slot for live in lives])
+        slots = self._store.tensor([live.slot for live in lives])
 
         def rows(room: Tensor) -> Tensor:
             return room[slots].clone()  # a tensor of its own, also where the store was filled in inference mode
@@ -795,7 +799,7 @@ class QueryEngine:
             batch[name] = stacked.to(dtype) if stacked.is_floating_point() else stacked
         with torch.autocast(self.device.type, autocast) if autocast else nullcontext():
             prediction = self.model(batch)
-        packed = self._numbers(prediction, self._tensor([live.slot for live in lives]))
+        packed = self._numbers(prediction, self._store.tensor([live.slot for live in lives]))
         self.statistics.batches += 1
         self.statistics.rows += len(lives)
         return self._responses(packed, prediction.logits.shape[1])
@@ -870,7 +874,7 @@ class QueryEngine:
         """Run a batch: (B, C + 4) logits and what `_numbers` adds; and C."""
         store, model = self._store, self.model
         dtype = AUTOCAST[self.precision]
-        slots = self._tensor([q.live.slot for q in questions])
+        slots = self._store.tensor([q.live.slot for q in questions])
         # A clean question is the first of its sample: it fills the slot's features.
         clean = [row for row, q in enumerate(questions) if not q.key and not q.fresh]
         with torch.autocast(self.device.type, dtype) if dtype else nullcontext():
@@ -878,7 +882,7 @@ class QueryEngine:
             embedding = model.fuse(features)
             logits = model.head(embedding)
         if clean:
-            rows = self._tensor(clean)
+            rows = self._store.tensor(clean)
             store.keep_embedding(slots[rows], embedding[rows].float() if dtype else embedding[rows])
         self.statistics.batches += 1
         self.statistics.rows += len(questions)
@@ -919,27 +923,27 @@ class QueryEngine:
         new = [part for part in parts if part not in recalled]
         found: list[Features] = []
         if recalled:
-            found.append(store.recalled(name, self._tensor(list(recalled.values()))))
+            found.append(store.recalled(name, self._store.tensor(list(recalled.values()))))
         if new:
             found.append(self._encode_new(name, [questions[parts[part]] for part in new]))
             # What is whole lies in the slots, and what is fresh is to be encoded anew each time.
             if kept := [i for i, part in enumerate(new) if isinstance(part, tuple) and part[1]]:
-                at = self._tensor(kept)
+                at = self._store.tensor(kept)
                 store.remember(name, [new[i] for i in kept], map_features(lambda t: t[at], found[-1]))
         encoded = found[0] if len(found) == 1 else map_features(lambda *t: torch.cat(t), *found)
         order = {part: i for i, part in enumerate([*recalled, *new])}
         source = [order[part] for part in part_of.values()]
         if source != list(range(len(order))):
-            expand = self._tensor(source)
+            expand = self._store.tensor(source)
             encoded = map_features(lambda t: t[expand], encoded)
         if clean:
-            at = self._tensor(
+            at = self._store.tensor(
                 [i for i, row in enumerate(part_of) if not questions[row].key and not questions[row].fresh]
             )
-            store.keep_features(name, slots[self._tensor(clean)], map_features(lambda t: t[at], encoded))
+            store.keep_features(name, slots[self._store.tensor(clean)], map_features(lambda t: t[at], encoded))
         if len(part_of) == len(questions):
             return encoded
-        at = self._tensor(list(part_of))
+        at = self._store.tensor(list(part_of))
         return map_features(
             lambda room, new: room[slots].index_copy_(0, at, new.to(room.dtype)), store.features[name], encoded
         )
@@ -949,7 +953,7 @@ class QueryEngine:
         store, modality = self._store, self.model.modalities[name]
         regions = [[r for r in q.removal.regions if r.modality == name] for q in questions]
         boxes = modality.boxes(regions, [q.live.sample.layouts[name] for q in questions])
-        sources = self._tensor([q.live.slot for q in questions])
+        sources = self._store.tensor([q.live.slot for q in questions])
         x = store.inputs[name][sources]
         if boxes.shape[1]:
             boxes = boxes.to(self.device, non_blocking=True)
@@ -957,10 +961,6 @@ class QueryEngine:
             x = modality.occlude(x, boxes, self.threat_model.replacement[name], baseline)
         self.statistics.encoded[name] += len(questions)
         return self.model.encode(name, x)
-
-    def _tensor(self, values: Any) -> Tensor:
-        # Made on a GPU, it would wait for all that the GPU has been given to do.
-        return torch.tensor(values).to(self.device, non_blocking=True)
 
 
 def evaluate(

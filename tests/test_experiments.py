@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -452,7 +453,7 @@ class TestCommands:
         ("words", "cells", "date", "why"),
         [
             ("", [4, 4], "2026-02-02", ""),
-            ("device=gpu tracker=wandb", [4, 4], "2026-02-02", ""),
+            ("full device=cpu tracker=wandb", [4, 4], "2026-02-02", ""),
             ("", [3, 4], "2026-02-02", "1 of its 4 cells are missing"),
             ("", [0, 4], "2026-02-02", "nothing of it was run"),
             ("", [4, 4], "2026-01-31", "it is older"),
@@ -497,6 +498,7 @@ class TestCommands:
                 workplace / OUT / "vulnerability" / file
             ).read_bytes()
         assert list(tmp_path.glob("outputs/train/*late_fusion*/summary.json"))
+        assert not list(tmp_path.glob("outputs/.*"))
         assert not list(tmp_path.glob("outputs/train/*/*.ckpt"))
         # What is there stays as it is, and what is archived does not go when less is packed.
         (first, *others) = sorted(tmp_path.glob("outputs/experiments/attacks/*"))
@@ -518,6 +520,42 @@ class TestCommands:
             tar.addfile(tarfile.TarInfo("../run.json"))
         with pytest.raises(SystemExit, match=r"bad.tar.xz is no archive of records: it holds '\.\./run.json'"):
             here(monkeypatch, tmp_path, "archive", "unpack", str(tmp_path / "records"))
+
+    def test_an_archive_does_not_tell_where_the_data_lay(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(sys, "argv", command("archive", "pack")[1:])
+        slim = runpy.run_path(str(ROOT / "experiments/archive.py"))["slim"]
+        run = {"identity": {"seed": 0}, "config": {"seed": 0, "dataset": {"root": "/home/somebody", "use": None}}}
+        (tmp_path / "run.json").write_text(json.dumps(run))
+        kept = {"identity": {"seed": 0}, "config": {"seed": 0, "dataset": {"use": None}}}
+        assert json.loads(slim(tmp_path / "run.json")) == kept
+
+    def test_a_model_that_was_trained_again_is_not_attacked_beside_the_old_one(self, tmp_path, monkeypatch):
+        """Before the attack, not after hours of it."""
+        monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+        monkeypatch.setattr(sys, "argv", ["table.py", "models=mmbt", "datasets=easy_vqa", "seeds=0"])
+        monkeypatch.delitem(sys.modules, "sweep", raising=False)
+        import sweep
+
+        monkeypatch.chdir(tmp_path)
+        done, trained = write_cell(tmp_path, FIRST), tmp_path / "outputs/train/d-m-1"
+        assert done.run is not None
+        about = {**done.run.about, "checkpoint": {"path": str(trained / "best.ckpt"), "sha256": "old"}}
+        done = replace(done, run=replace(done.run, about=about))
+        asked: list[str] = []
+
+        def run(*words: str) -> None:
+            asked.append(words[0])
+            trained.mkdir(parents=True, exist_ok=True)
+            (trained / "summary.json").write_text(json.dumps({"weights": weights}))
+
+        monkeypatch.setattr(sweep, "muroan", run)
+        monkeypatch.setattr(sweep.Sweep, "_read", lambda *_: {("m", "a"): (done, absent(tmp_path, "a", 1))})
+        for weights, commands in (("old", ["train", "attack"]), ("new", ["train"])):
+            asked.clear()
+            told = pytest.raises(SystemExit, match=r"d-m-1 was trained again, to other weights \(new\) than those of")
+            with told if weights == "new" else nullcontext():
+                sweep.Sweep({}, {}).cells("easy_vqa", ["decoupling"])
+            assert asked == commands
 
     def test_runs_of_other_weights_do_not_stand_side_by_side(self, workplace, tmp_path, monkeypatch):
         here(monkeypatch, workplace, "archive", "pack", str(tmp_path / "records"))
