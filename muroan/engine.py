@@ -70,6 +70,11 @@ def _shrinking(flips: Iterable[tuple[int, float]], last: float) -> list[tuple[in
     return kept
 
 
+def _rows(places: Tensor) -> Callable[[Tensor], Tensor]:
+    """Takes the rows at these places out of a tensor; on a CPU five times as fast as by indexing."""
+    return lambda room: room.index_select(0, places)
+
+
 @dataclass(eq=False, slots=True)
 class _Live:
     """A search under way.
@@ -233,7 +238,7 @@ class _Store:
         """The features (P, ...) at these places."""
         memory = self.memories[name]
         assert memory is not None
-        return map_features(lambda room: room[places], memory.features)
+        return map_features(_rows(places), memory.features)
 
     def remember(self, name: str, parts: Sequence[Any], features: Features) -> None:
         """Keep the features (P, ...) of some parts, as far as there is room for them."""
@@ -918,7 +923,7 @@ class QueryEngine:
                 part_of[row] = (q.live.number, bits) if self.reuse_features and not q.fresh else row
                 parts.setdefault(part_of[row], row)
         if not parts:
-            return map_features(lambda room: room[slots], store.features[name])
+            return map_features(_rows(slots), store.features[name])
         recalled = {part: place for part in parts if (place := store.recall(name, part)) is not None}
         new = [part for part in parts if part not in recalled]
         found: list[Features] = []
@@ -929,23 +934,23 @@ class QueryEngine:
             # What is whole lies in the slots, and what is fresh is to be encoded anew each time.
             if kept := [i for i, part in enumerate(new) if isinstance(part, tuple) and part[1]]:
                 at = self._store.tensor(kept)
-                store.remember(name, [new[i] for i in kept], map_features(lambda t: t[at], found[-1]))
+                store.remember(name, [new[i] for i in kept], map_features(_rows(at), found[-1]))
         encoded = found[0] if len(found) == 1 else map_features(lambda *t: torch.cat(t), *found)
         order = {part: i for i, part in enumerate([*recalled, *new])}
         source = [order[part] for part in part_of.values()]
         if source != list(range(len(order))):
             expand = self._store.tensor(source)
-            encoded = map_features(lambda t: t[expand], encoded)
+            encoded = map_features(_rows(expand), encoded)
         if clean:
             at = self._store.tensor(
                 [i for i, row in enumerate(part_of) if not questions[row].key and not questions[row].fresh]
             )
-            store.keep_features(name, slots[self._store.tensor(clean)], map_features(lambda t: t[at], encoded))
+            store.keep_features(name, slots[self._store.tensor(clean)], map_features(_rows(at), encoded))
         if len(part_of) == len(questions):
             return encoded
-        at = self._store.tensor(list(part_of))
+        at, rows = self._store.tensor(list(part_of)), _rows(slots)
         return map_features(
-            lambda room, new: room[slots].index_copy_(0, at, new.to(room.dtype)), store.features[name], encoded
+            lambda room, new: rows(room).index_copy_(0, at, new.to(room.dtype)), store.features[name], encoded
         )
 
     def _encode_new(self, name: str, questions: list[_Question]) -> Features:
@@ -953,11 +958,11 @@ class QueryEngine:
         store, modality = self._store, self.model.modalities[name]
         regions = [[r for r in q.removal.regions if r.modality == name] for q in questions]
         boxes = modality.boxes(regions, [q.live.sample.layouts[name] for q in questions])
-        sources = self._store.tensor([q.live.slot for q in questions])
-        x = store.inputs[name][sources]
+        rows = _rows(self._store.tensor([q.live.slot for q in questions]))
+        x = rows(store.inputs[name])
         if boxes.shape[1]:
             boxes = boxes.to(self.device, non_blocking=True)
-            baseline = store.baselines[name][sources] if name in store.baselines else None
+            baseline = rows(store.baselines[name]) if name in store.baselines else None
             x = modality.occlude(x, boxes, self.threat_model.replacement[name], baseline)
         self.statistics.encoded[name] += len(questions)
         return self.model.encode(name, x)

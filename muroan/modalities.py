@@ -279,9 +279,12 @@ class Modality(ABC):
     def boxes(self, regions: Sequence[Sequence[Region]], layouts: Sequence[Layout]) -> Tensor:
         """The regions (B lists) of inputs of these layouts, as `occlude` takes them: (B, R, 2n), R may be 0."""
         found = [[self.box(r, layout) for r in row] for row, layout in zip(regions, layouts, strict=True)]
+        counts = np.array([len(row) for row in found])
         width = max((len(box) for row in found for box in row), default=0)
-        most = max(map(len, found))
-        return torch.tensor([row + [(0,) * width] * (most - len(row)) for row in found])
+        boxes = np.zeros((len(found), counts.max(), width), np.int64)
+        sides = np.fromiter(itertools.chain.from_iterable(itertools.chain.from_iterable(found)), np.int64)
+        boxes[np.arange(counts.max()) < counts[:, None]] = sides.reshape(counts.sum(), width)
+        return torch.from_numpy(boxes)
 
     def baseline(self, x: Tensor, layout: Layout, replacement: str, seed: int) -> Tensor | None:
         """The values that occlusion puts in place of removed ones, or None where it needs none.

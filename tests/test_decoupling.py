@@ -18,7 +18,7 @@ from toys import Blocks, Present, block, flips_when, leaves, logits, margins, st
 import muroan
 from muroan.attacks.base import Ask
 from muroan.attacks.decoupling import Decoupling
-from muroan.attacks.universe import Universe, ascending
+from muroan.attacks.universe import Universe, ascending, cheaper
 from muroan.errors import MuroanError
 from muroan.modalities import Region, Removal
 from muroan.results import AttackResult
@@ -841,6 +841,20 @@ def test_sets_come_in_ascending_order_of_cost(prices):
     found = list(ascending(np.array(prices, float)))
     assert [sum(prices[place] for place in places) for places in found] == sorted(costs)
     assert len(set(found)) == len(found)
+
+
+@given(
+    st.lists(st.sampled_from([0.5, 1.0, 1.5, 2.0, 3.25]), max_size=8), st.integers(-1, 20), st.integers(0, 300)
+)
+@settings(deadline=None, max_examples=200)
+def test_cheaper_sets_are_counted_as_far_as_asked(prices, bound, most):
+    sets = [sum(c) for n in range(1, len(prices) + 1) for c in itertools.combinations(prices, n)]
+    true, found = sum(cost < bound for cost in sets), cheaper(prices, bound, most)
+    assert found == true if true <= most else found > most
+
+
+def test_counting_many_sets_ends():
+    assert cheaper(np.random.default_rng(0).uniform(1, 2, 500), 1000.0, 4001) > 4001
 
 
 def test_the_universe_by_hand():

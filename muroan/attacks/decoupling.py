@@ -12,7 +12,7 @@ from scipy.special import log_ndtr
 
 from muroan.attacks.base import Ask, Attack, AttackedSample, BudgetExhausted, Response, Search
 from muroan.attacks.greedy import lowest, ranked
-from muroan.attacks.universe import Universe, ascending
+from muroan.attacks.universe import Universe, ascending, cheaper
 from muroan.errors import MuroanError
 
 Asking = Generator[Ask, list[Response], None]
@@ -31,6 +31,7 @@ OWN, OTHER = 0.5, 0.25  # how far an effect may differ in company: shares of its
 FLOOR = 0.02  # and at least this share of the clean margin
 TRUST = 2.0  # answers' worth of trust that effects in company are what they are alone
 FORGET = 0.98  # how fast that trust follows what is seen
+SETS = 4001  # smaller sets of atoms among which a proof is sought
 # These on 30 validation samples of easy_vqa's mmbt of seed 2, those whose flips were larger than 3 % without them.
 AGAIN = 0.9  # a large flip that has become smaller than this share of what it was is shrunk again
 NEAR = 300  # known removals of which the linear model around a large flip is made
@@ -505,16 +506,18 @@ class Hunt:
         if self.attack.objective == "parts":
             self.proven = len(self.universe.parts(self.best)) == 1  # type: ignore[arg-type]
             return
+        below = self.bound - 1e-9
+        most = min(int((self.costs[1 : self.known] < below).sum()) + self.left, SETS)
+        if cheaper(self.price, below, most) > most:
+            return
         missing: list[np.ndarray] = []
-        for number, places in enumerate(ascending(self.price)):
+        for places in ascending(self.price):
             chosen = np.zeros(len(self.price), dtype=bool)
             chosen[list(places)] = True
-            if self.cost(chosen) >= self.bound - 1e-9:
+            if self.cost(chosen) >= below:
                 break
             if chosen.tobytes() not in self.rows:
                 missing.append(chosen)
-            if len(missing) > self.left or number > 4 * self.budget or number > 4000:
-                return
         yield from self.ask(missing, "prove", until_flip=True)
         self.proven = not self.attack.valid_only
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -132,3 +133,31 @@ def ascending(costs: Sequence[float] | np.ndarray) -> Iterator[tuple[int, ...]]:
                 further = (*kept, last)
                 total = sum(costs[order[r]] for r in further)
                 heapq.heappush(heap, (total, len(further), tuple(sorted(order[r] for r in further)), further))
+
+
+def cheaper(costs: Sequence[float] | np.ndarray, bound: float, most: float) -> int:
+    """How many non-empty sets of positions cost less than the bound in total; counted no further than beyond `most`.
+
+    Args:
+        costs: of each position, positive.
+
+    >>> cheaper([4, 1, 3], 5, 100)  # {4}, {1}, {3} and {1, 3}
+    4
+    """
+    alike: dict[float, int] = {}
+    for cost in sorted(costs, reverse=True):
+        alike[cost] = alike.get(cost, 0) + 1
+    groups = list(alike.items())
+
+    def count(place: int, room: float, most: float) -> int:
+        """Sets of the groups from a place on, the empty one too, that cost less than there is room for."""
+        if place == len(groups):
+            return 1
+        (cost, number), found, taken = groups[place], 0, 0
+        while taken <= number and taken * cost < room and found <= most:
+            ways = math.comb(number, taken)
+            found += ways * count(place + 1, room - taken * cost, (most - found) / ways)
+            taken += 1
+        return found
+
+    return count(0, bound, most + 1) - 1 if bound > 0 else 0
