@@ -28,6 +28,8 @@ test-all: .venv/installed
 	.venv-peers/bin/python -m pip install -q -c constraints.txt -e '.[test,peers]'
 # adv-lib requires torchvision, which the one file that we compare with does not import.
 	.venv-peers/bin/python -m pip install -q --no-deps adv-lib
+# TextAttack requires what cannot be installed beside current packages, and its search does not use.
+	.venv-peers/bin/python -m pip install -q --no-deps textattack lru-dict
 	touch $@
 
 test-peers: .venv-peers/installed

@@ -4,13 +4,16 @@
     python benchmarks/engine.py --checkpoint outputs/demo/model/best.ckpt
     python benchmarks/engine.py --model concat                   # or another small one of conf/model
     python benchmarks/engine.py --model mmbt_full --device cuda --precision bf16  # in full size, random weights
+    python benchmarks/engine.py --sequential-samples 0 --attacks decoupling --reuse on    # some attacks alone
 
-All figures come from one run on the same samples and model; compare them with each other, not across machines.
+All figures come from one run on the same samples and model; compare them with each other, not across machines. Bare
+forwards are timed before and after whatever is held against them: a machine may be slower a minute later.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import resource
@@ -18,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -232,30 +236,74 @@ class Stopwatch:
         return run
 
 
+def beside_bare(
+    engine: QueryEngine, samples: list[Sample], watch: Stopwatch | None = None
+) -> tuple[float, list[AttackResult], float]:
+    """Seconds that an engine takes and what it finds; bare forwards a second, the mean of before and after."""
+
+    def run() -> list[AttackResult]:
+        with watch or nullcontext():
+            return list(engine.run(samples))
+
+    def bare() -> float:
+        return bare_forwards(engine.model, samples, engine.batch_size, 2.0, engine.precision)
+
+    before = bare()
+    seconds, found = timed(run, engine.device)
+    return seconds, found, (before + bare()) / 2  # type: ignore[return-value]
+
+
 # What is encoded once alone: nothing, whole inputs, or what removals leave of them, too.
-REUSE = {"on": (True, muroan.engine.BATCHES), "whole inputs": (True, 0), "off": (False, 0)}
+REUSE = {"on": (True, muroan.engine.BATCHES), "whole": (True, 0), "off": (False, 0)}
 
 
-def by_attack(
-    model: MultimodalModel, samples: list[Sample], size: int, precision: str, bare: float
-) -> dict[str, float]:
-    """Forwards a second of each removal attack over bare forwards, what it encodes, and where its time goes."""
-    device = next(model.parameters()).device
+def beside_loop(arguments: argparse.Namespace, model: MultimodalModel, samples: list[Sample], size: int) -> dict:
+    """The engine against a loop and bare forwards, with the released attack and no budget."""
+    device, precision, attack = next(model.parameters()).device, arguments.precision, DecouplingReference()
+    few = samples[: arguments.sequential_samples]
+    seconds, forwards = timed(lambda: sequential(model, attack, few, device, precision), device)
+    loop = float(forwards) / seconds  # type: ignore[arg-type]
+    print(f"sequential loop: {loop:.0f} queries/s ({forwards} on {len(few)} samples)")
     ratios = {}
-    print(f"{'attack':22s} {'reuse':12s} {'forwards/s':>10s} {'of bare':>8s} {'in the model':>13s}  encoded")
-    for name, make in REMOVAL_ATTACKS.items():
-        for reuse, (features, batches) in REUSE.items():
-            limit = ThreatModel(max_queries=500)
-            engine = QueryEngine(model, make(), limit, size, precision, keep_media=0, reuse_features=features)
-            with patch.object(muroan.engine, "BATCHES", batches), Stopwatch(model, device) as watch:
-                seconds, _ = timed(lambda engine=engine: list(engine.run(samples)), device)  # type: ignore[misc]
-            rows = engine.statistics.rows
-            ratios[f"{name}, reuse {reuse}"] = rows / seconds / bare
-            share = 100 * watch.seconds / seconds
-            encoded = ", ".join(f"{100 * n / rows:.0f} % {m}" for m, n in engine.statistics.encoded.items())
-            print(
-                f"{name:22s} {reuse:12s} {rows / seconds:10.0f} {rows / seconds / bare:8.2f} {share:11.0f} %  {encoded}"
-            )
+    for reuse in (True, False):
+        engine = QueryEngine(model, attack, None, size, precision, keep_media=0, reuse_features=reuse)
+        seconds, results, bare = beside_bare(engine, samples)
+        asked = sum(r.queries + r.cache_hits for r in results)
+        hits, rows = sum(r.cache_hits for r in results), engine.statistics.rows
+        encoded = ", ".join(f"{100 * (1 - n / rows):.0f} % of {m}" for m, n in engine.statistics.encoded.items())
+        wasted = rows - engine.statistics.repeated - sum(r.forwards for r in results)
+        print(
+            f"engine, feature reuse {'on' if reuse else 'off'}, batch {size}: {asked / seconds:.0f} queries/s, "
+            f"{rows / seconds:.0f} forwards/s beside {bare:.0f} bare ones; {asked} queries, {rows} forwards in "
+            f"{engine.statistics.batches} batches; saved by the cache: {100 * hits / asked:.0f} % of the queries; "
+            f"encodings saved: {encoded}; {engine.statistics.repeated} forwards to see that the model repeats itself, "
+            f"{wasted} run ahead in vain"
+        )
+        ratios[f"engine forwards / bare forwards{'' if reuse else ', no feature reuse'}"] = rows / seconds / bare
+        if reuse:
+            ratios["engine queries / sequential queries"] = asked / seconds / loop
+    for what, ratio in ratios.items():
+        print(f"{what}: {ratio:.2f}")
+    return ratios
+
+
+def by_attack(arguments: argparse.Namespace, model: MultimodalModel, samples: list[Sample], size: int) -> dict:
+    """Forwards a second of each removal attack over bare forwards, what it encodes, and where its time goes."""
+    device, precision = next(model.parameters()).device, arguments.precision
+    ratios = {}
+    print(f"{'attack':22s} {'reuse':5s} {'forwards/s':>10s} {'of bare':>8s} {'in the model':>13s}  encoded")
+    for name, reuse in itertools.product(arguments.attacks, arguments.reuse):
+        features, batches = REUSE[reuse]
+        limit, attack = ThreatModel(max_queries=arguments.max_queries), REMOVAL_ATTACKS[name]()
+        engine = QueryEngine(model, attack, limit, size, precision, keep_media=0, reuse_features=features)
+        watch = Stopwatch(model, device)
+        with patch.object(muroan.engine, "BATCHES", batches):
+            seconds, _, bare = beside_bare(engine, samples, watch)
+        rate, rows = engine.statistics.rows / seconds, engine.statistics.rows
+        ratios[f"{name}, reuse {reuse}"] = rate / bare
+        share = 100 * watch.seconds / seconds
+        encoded = ", ".join(f"{100 * n / rows:.0f} % {m}" for m, n in engine.statistics.encoded.items())
+        print(f"{name:22s} {reuse:5s} {rate:10.0f} {rate / bare:8.2f} {share:11.0f} %  {encoded}", flush=True)
     return ratios
 
 
@@ -287,7 +335,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="32", choices=list(AUTOCAST))
     parser.add_argument("--samples", type=int, default=200)
-    parser.add_argument("--sequential-samples", type=int, default=20)
+    parser.add_argument("--sequential-samples", type=int, default=20, help="0 leaves the loop out")
+    parser.add_argument("--attacks", nargs="+", choices=list(REMOVAL_ATTACKS), default=list(REMOVAL_ATTACKS))
+    parser.add_argument("--reuse", nargs="+", choices=list(REUSE), default=list(REUSE))
+    parser.add_argument("--max-queries", type=int, default=500)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[32, 64, 128, 256])
     parser.add_argument("--memory", type=int, nargs="*", default=[100, 1000, 5000])
     parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
@@ -303,7 +354,6 @@ def main() -> None:
     model = model.to(device)
     if arguments.checkpoint is None:
         samples = relabel(model, samples, device, arguments.precision)
-    attack = DecouplingReference()
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(
         f"{arguments.model} on {name}, precision {arguments.precision}, torch {torch.__version__}, {platform.machine()}"
@@ -313,37 +363,8 @@ def main() -> None:
     best = max(bare, key=lambda size: bare[size])
     print("bare forwards/s by batch size: " + ", ".join(f"{size}: {rate:.0f}" for size, rate in bare.items()))
 
-    few = samples[: arguments.sequential_samples]
-    seconds, forwards = timed(lambda: sequential(model, attack, few, device, arguments.precision), device)
-    loop = float(forwards) / seconds  # type: ignore[arg-type]
-    print(f"sequential loop: {loop:.0f} queries/s ({forwards} on {len(few)} samples)")
-
-    rates = {}
-    for reuse in (True, False):
-        engine = QueryEngine(model, attack, None, best, arguments.precision, keep_media=0, reuse_features=reuse)
-        seconds, found = timed(lambda engine=engine: list(engine.run(samples)), device)  # type: ignore[misc]
-        results: list[AttackResult] = found  # type: ignore[assignment]
-        asked = sum(r.queries + r.cache_hits for r in results)
-        hits, rows = sum(r.cache_hits for r in results), engine.statistics.rows
-        rates[reuse] = (asked / seconds, rows / seconds)
-        encoded = ", ".join(f"{100 * (1 - n / rows):.0f} % of {m}" for m, n in engine.statistics.encoded.items())
-        wasted = rows - engine.statistics.repeated - sum(r.forwards for r in results)
-        print(
-            f"engine, feature reuse {'on' if reuse else 'off'}, batch {best}: {rates[reuse][0]:.0f} queries/s, "
-            f"{rates[reuse][1]:.0f} forwards/s; {asked} queries, {rows} forwards in {engine.statistics.batches} "
-            f"batches; saved by the cache: {100 * hits / asked:.0f} % of the queries; encodings saved: {encoded}; "
-            f"{engine.statistics.repeated} forwards to see that the model repeats itself, {wasted} run ahead in vain"
-        )
-    again = bare_forwards(model, samples, best, 3.0, arguments.precision)
-    rate = max(bare[best], again)
-    ratios = {
-        "engine forwards / bare forwards": rates[True][1] / rate,
-        "engine forwards / bare forwards, no feature reuse": rates[False][1] / rate,
-        "engine queries / sequential queries": rates[True][0] / loop,
-    }
-    for what, ratio in ratios.items():
-        print(f"{what}: {ratio:.2f}")
-    ratios |= by_attack(model, samples, best, arguments.precision, rate)
+    ratios = {} if arguments.sequential_samples == 0 else beside_loop(arguments, model, samples, best)
+    ratios |= by_attack(arguments, model, samples, best)
     if arguments.memory:
         peaks = {count: peak_memory(arguments, count) for count in arguments.memory}
         print("peak memory, MiB, by samples: " + ", ".join(f"{n}: {mib:.0f}" for n, mib in peaks.items()))

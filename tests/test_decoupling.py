@@ -843,9 +843,7 @@ def test_sets_come_in_ascending_order_of_cost(prices):
     assert len(set(found)) == len(found)
 
 
-@given(
-    st.lists(st.sampled_from([0.5, 1.0, 1.5, 2.0, 3.25]), max_size=8), st.integers(-1, 20), st.integers(0, 300)
-)
+@given(st.lists(st.sampled_from([0.5, 1.0, 1.5, 2.0, 3.25]), max_size=8), st.integers(-1, 20), st.integers(0, 300))
 @settings(deadline=None, max_examples=200)
 def test_cheaper_sets_are_counted_as_far_as_asked(prices, bound, most):
     sets = [sum(c) for n in range(1, len(prices) + 1) for c in itertools.combinations(prices, n)]
