@@ -11,9 +11,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from sweep import KNOWN, OUT, TRAINED, Sweep
+from sweep import KNOWN, TRAINED, Sweep
 
-from muroan.report import compare
 from muroan.report.cells import METRICS, Entry, Table
 
 REMOVAL = ["decoupling", "decoupling_reference", "greedy_occlusion", "greedy_occlusion_rerank", "saliency_removal"]
@@ -74,9 +73,9 @@ def main() -> None:
     metrics = [METRICS[name] for name in SHOWN]
     if removal := entries(sweep, removing):
         caption = (REMOVING + BUDGET).format(samples=sweep.samples, budget=sweep.budget)
-        sweep.write(Table("baselines", caption, metrics, removal, known=KNOWN))
-        if folders := [cell.folder for entry in removal for cell in entry.cells if cell.run is not None]:
-            print(compare.write(folders, OUT / "baselines/compare"))
+        table = Table("baselines", caption, metrics, removal, known=KNOWN)
+        sweep.write(table)
+        sweep.compare(table)
     sweep.samples = sweep.chosen["values"]
     values = entries(sweep, choosing)
     if any(entry.runs for entry in values):

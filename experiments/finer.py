@@ -31,7 +31,9 @@ def main() -> None:
         cells = sweep.cells(dataset, sweep.attacks, f"threat_model.min_side.image={finest}")
         entries += [Entry(f"{dataset} · {model}", attack, found) for (model, attack), found in cells.items()]
     caption = CAPTION.format(finest=finest, samples=sweep.samples, budget=sweep.budget)
-    sweep.write(Table("finer", caption, [METRICS[name] for name in SHOWN], entries, known=KNOWN))
+    table = Table("finer", caption, [METRICS[name] for name in SHOWN], entries, known=KNOWN)
+    sweep.write(table)
+    sweep.compare(table)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from typing import Any
 from muroan import cli
 from muroan.cli.jobs import planned
 from muroan.errors import MuroanError
+from muroan.report import compare
 from muroan.report.cells import Cell, Known, Table, read_cell
 from muroan.results import write_json
 
@@ -192,6 +193,11 @@ class Sweep:
     def write(self, table: Table) -> None:
         """Write a table to its folder and show it."""
         self.finish(table.write(OUT / table.name))
+
+    def compare(self, table: Table) -> None:
+        """Write beside a table the paired tests of `muroan compare`, on the samples that its runs share."""
+        if folders := [cell.folder for entry in table.entries for cell in entry.cells if cell.run is not None]:
+            print(compare.write(folders, OUT / table.name / "compare"))
 
     def finish(self, page: Path) -> None:
         """Note beside a page what made it, and show the page."""
