@@ -71,7 +71,8 @@ class Decoupling(Attack):
         embedding: without labels: decouple until the largest entry of the fusion embedding is another one (`argmax`),
             or until its cosine distance to the clean one reaches this number (0 to 2).
         valid_only: accept and ask only removals after which the label is still right, as the dataset tells.
-        patience: stop after so many queries without a smaller flip; null for never.
+        patience: stop after so many queries without a smaller flip; null for never. Under a budget, what has not flipped
+            yet is asked about until that is spent.
         first: any flip will do, however large: for robust accuracy under a large budget, without minimising.
 
     Raises:
@@ -243,6 +244,11 @@ class Hunt:
     def large(self) -> bool:
         """Whether no flip is known but ones of a good part of everything."""
         return self.bound > GROWN * self.cost(np.ones(len(self.universe.atoms), dtype=bool))
+
+    @property
+    def weary(self) -> bool:
+        """Whether patience is at its end: without a flip, it is only where no budget ends the search."""
+        return self.since >= self.attack.patience and (self.best is not None or self.budget == math.inf)
 
     # -- asking ---------------------------------------------------------------------------------------------
 
@@ -418,7 +424,7 @@ class Hunt:
     def improve(self) -> Asking:
         """Ask what promises most, until the budget or the patience is at its end, or nothing smaller is left."""
         proof_failed_at, shrunk, draw = float("inf"), self.bound, True
-        while self.left > 0 and self.since < self.attack.patience:
+        while self.left > 0 and not self.weary:
             if self.best is not None and self.bound < proof_failed_at:
                 yield from self.prove()
                 if self.proven:
