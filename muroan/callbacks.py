@@ -191,7 +191,7 @@ class AttackCallback(RecordingCallback):
         data = getattr(trainer, "datamodule", None)
         multimodal = data if isinstance(data, MultimodalData) else None
         still_valid = multimodal.judge("test") if multimodal else None
-        self.run["judged"] = still_valid is not None
+        self.run["judged"] = still_valid is not None and self.attack.kind == "removal"
         self.engine = QueryEngine(
             self.model(pl_module),
             self.attack,

@@ -337,7 +337,7 @@ def broken(
     """Samples that an attack on the smoothed model flipped within their certified size. There should be none."""
     found = []
     for certificate, record in matched(certificates, records):
-        altered = certificate.altered(record) if record.flipped else None
+        altered = certificate.altered(record) if record.mislabelled else None
         if altered is not None and certificate.predicted == record.clean_label and certificate.covers(altered):
             found.append((certificate, record))
     return found

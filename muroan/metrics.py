@@ -95,7 +95,10 @@ def columns(results: Sequence[AttackResult], judged: bool | None = None) -> dict
     table["one_minimal"] = (100 * audited, "mean")
     table["proven"] = (100 * column(lambda r: r.proven, lambda r: r.flipped and r.proven is not None), "mean")
     judged = any(r.still_valid is not None for r in results) if judged is None else judged
-    valid = column(lambda r: r.flipped and r.still_valid is True, lambda r: r.attacked and judged)
+    # Only of what is removed a dataset can tell.
+    valid = column(
+        lambda r: r.flipped and r.still_valid is True, lambda r: r.attacked and judged and r.kind == "removal"
+    )
     table["valid_success_rate"] = (100 * valid, "mean")
     return table
 

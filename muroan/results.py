@@ -101,7 +101,13 @@ class AttackResult:
 
     @property
     def flipped(self) -> bool:
+        """Whether the attack reached what it was after, which may be something else than another label."""
         return self.status == "flipped"
+
+    @property
+    def mislabelled(self) -> bool:
+        """Whether the attack ended in another label than the true one."""
+        return self.flipped and self.adversarial_label != self.label
 
     @property
     def decoupled_fraction(self) -> float:

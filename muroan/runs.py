@@ -25,6 +25,9 @@ KINDS: dict[Kind, str] = {
 # Attacks that nothing guides; runs of earlier versions do not say so.
 UNGUIDED = ("random_removal", "leave_one_out", "missing_modality", "exhaustive", "swapped_modality")
 
+# Options of a dataset that have no part in training.
+TESTED = ("test_limit", "test_batch_size", "visible", "root", "obtain", "skip_bad", "num_workers")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -87,9 +90,21 @@ class Run:
         return bool(self.about.get("judged", told))  # runs of earlier versions do not say
 
     @property
+    def mislabels(self) -> bool:
+        """Whether all that counts as a flip is another label, so that it can stand beside other attacks' flips."""
+        return all(r.mislabelled for r in self.records if r.flipped)
+
+    @property
     def target(self) -> tuple[str, str, str]:
         """What was attacked: dataset, model and weights. Runs with the same target can be compared."""
         return self.dataset, self.model, str((self.about.get("checkpoint") or {}).get("sha256"))
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """What decides how the model was trained, before it was hardened and apart from the seed."""
+        config = self.about.get("config") or {}
+        data = {key: value for key, value in (config.get("dataset") or {}).items() if key not in TESTED}
+        return {"model": config.get("model"), "training": config.get("training"), "dataset": data}
 
     @property
     def modalities(self) -> list[str]:

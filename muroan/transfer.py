@@ -49,7 +49,7 @@ class Source:
 
     Attributes:
         name: of the model, in tables.
-        records: of the attack; those that are not flipped have no say.
+        records: of the attack; those that are not flipped to another label have no say.
         modalities: of the model, which the records' regions lie in.
     """
 
@@ -59,7 +59,7 @@ class Source:
 
     @property
     def flipped(self) -> list[AttackResult]:
-        return [record for record in self.records if record.flipped]
+        return [record for record in self.records if record.mislabelled]
 
 
 @dataclass(frozen=True)

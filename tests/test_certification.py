@@ -109,6 +109,8 @@ class TestPromise:
         within, beyond = ("image", (0, 0), (4, 8)), ("image", (0, 0), (8, 16))
         records = [attacked(0, within), attacked(1, beyond), attacked(2, status="held"), attacked(4, within)]
         assert [(c.id, r.id) for c, r in broken(found, records)] == [("s0", "s0")]
+        same = replace(records[0], adversarial_label=records[0].label)
+        assert broken(found, [same, *records[1:]]) == [], "another goal than another label was reached"
         other = replace(records[0], clean_label=1, label=1)
         assert broken(found, [other, *records[1:]]) == [], (
             "the vote that was attacked said something else from the start"

@@ -259,6 +259,22 @@ class TestSeeds:
         assert [target.name for target in comparison.targets] == ["d · m (weights hardened)", "d · m (weights plain)"]
         assert "guided on d · m: 2 runs, some with the same seed" in comparison.notes[0]
 
+    @pytest.mark.parametrize("dataset", [{"train_limit": 1000}, {"batch_size": 8}, {"test_limit": 10}])
+    def test_another_training_is_no_repeat(self, tmp_path, dataset):
+        for seed, options in ((0, {}), (1, dataset)):
+            path = write_run(tmp_path / str(seed), "guided", GUIDED, seed=seed, weights=f"w{seed}")
+            about = json.loads((path / "run.json").read_text())
+            config = {"model": {"width": 8}, "training": {"lr": 0.1}, "dataset": options}
+            (path / "run.json").write_text(json.dumps({**about, "config": config}))
+        alike = "test_limit" in dataset
+        assert [row.seeds for row in compared(tmp_path).rows] == (["2"] if alike else ["1", "1"])
+
+    def test_what_reaches_another_goal_is_not_the_best(self, tmp_path):
+        write_run(tmp_path / "a", "decoupling_embedding", [1] * 8, adversarial_label=0)
+        write_run(tmp_path / "b", "guided", GUIDED)
+        (target,) = compared(tmp_path).targets
+        assert target.best.attack == "guided"
+
     def test_other_settings_are_another_attack(self, tmp_path):
         write_run(tmp_path / "a", "guided", GUIDED, setting=1)
         write_run(tmp_path / "b", "guided", GUIDED, setting=2)

@@ -183,6 +183,13 @@ def test_the_smallest_valid_flip_of_any_attack_counts(tmp_path: Path) -> None:
     assert [o.robust_to_valid for o in outcomes.values()] == [0, 100]
 
 
+def test_a_goal_that_leaves_the_label_as_it_is_breaks_no_defence(tmp_path: Path) -> None:
+    run(tmp_path, "decoupling_embedding", [1, 1], "hard", adversarial_label=0)
+    run(tmp_path, "decoupling", [4, 0], "hard")
+    outcomes = grid(tmp_path).defenses[0].outcomes(0, ["decoupling_embedding", "decoupling"])
+    assert [o.size for o in outcomes.values()] == [4, float("inf")]
+
+
 def test_an_attack_that_searches_valid_flips_alone_is_another_one(tmp_path: Path) -> None:
     run(tmp_path, "decoupling", [1, 1], "hard")
     folder = RunFolder(tmp_path / "hard-valid")

@@ -714,6 +714,14 @@ def test_transferred_removals_are_asked_once(tmp_path: Path) -> None:
     assert held.status == "held"
 
 
+def test_what_flips_no_label_is_not_transferred(tmp_path: Path) -> None:
+    toy = flips_when(lambda present: present.gone(word(2)))
+    (found,) = evaluate(toy, [toy.sample()], RandomRemoval(60), threat_model=threat())
+    (tmp_path / "records.jsonl").write_text(replace(found, adversarial_label=found.label).to_json() + "\n")
+    (record,) = evaluate(toy, [toy.sample()], Transferred(str(tmp_path)), threat_model=threat())
+    assert (record.status, record.queries) == ("held", 0)
+
+
 def test_bad_runs_to_transfer_from_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MuroanError, match=r"attack\.run must name the folder"):
         Transferred()

@@ -1,6 +1,7 @@
 """Metrics: figures worked out by hand on a handful of records, and the bootstrap around them."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -89,6 +90,11 @@ BY_HAND = {
     "proven": 50.0,
     "valid_success_rate": 100 * 1 / 6,
 }
+
+
+def test_what_no_dataset_can_judge_has_no_valid_success_rate():
+    chosen = [replace(r, kind="perturbation", still_valid=None) for r in RESULTS]
+    assert summarise(chosen, resamples=10, judged=True)["valid_success_rate"]["value"] is None
 
 
 class TestByHand:

@@ -406,7 +406,23 @@ class TestRuns:
         (comparison,) = compare(find_runs([tmp_path]))
         assert comparison.success == {"value": 0.0, "low": 0.0, "high": 0.0}
         text = "".join(read(build([tmp_path], tmp_path / "out").parent).text["li"])
-        assert "guided · m does not flip more than the random control random_removal" in text
+        assert "guided · m is no better than the random control random_removal" in text
+
+    def test_smaller_removals_are_better_too(self, tmp_path, no_curves):
+        """Where all samples are flipped by both, the sizes decide; what chooses values is not held against removals."""
+        total = {"image": 100}
+        for attack, size, kind in (
+            ("guided", 1, "removal"),
+            ("random_removal", 4, "removal"),
+            ("pgd", 99, "perturbation"),
+        ):
+            flips = [
+                AttackResult(str(i), i, attack, 0, 0, 1, "flipped", removed={"image": size}, total=total, kind=kind)
+                for i in range(20)
+            ]
+            write_run(tmp_path / attack, attack, "m", "d", flips)
+        text = "".join(read(build([tmp_path], tmp_path / "out").parent).text["li"])
+        assert "no better than the random control" not in text
 
     def test_comparison_is_paired_by_sample(self, tmp_path):
         def record(i, attack, status, removed):

@@ -71,8 +71,8 @@ class Decoupling(Attack):
         embedding: without labels: decouple until the largest entry of the fusion embedding is another one (`argmax`),
             or until its cosine distance to the clean one reaches this number (0 to 2).
         valid_only: accept and ask only removals after which the label is still right, as the dataset tells.
-        patience: stop after so many queries without a smaller flip; null for never. Under a budget, what has not flipped
-            yet is asked about until that is spent.
+        patience: stop after so many queries without a smaller flip; null for never. Without any flip, a search under
+            a budget goes on until that is spent.
         first: any flip will do, however large: for robust accuracy under a large budget, without minimising.
 
     Raises:

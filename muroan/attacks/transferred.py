@@ -38,7 +38,7 @@ class Transferred(Attack):
         self.removals = {
             record["id"]: Removal.of(*(Region(m, tuple(start), tuple(stop)) for m, start, stop in record["regions"]))
             for record in records
-            if record["status"] == "flipped"
+            if record["status"] == "flipped" and record["adversarial_label"] != record["label"]
         }
 
     def search(self, sample: AttackedSample) -> Search:

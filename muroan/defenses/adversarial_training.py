@@ -41,8 +41,8 @@ class AdversarialTraining(Defense):
     but for samples that the model gets wrong, which stay clean.
 
     Online, the model as it stands is attacked at every step. Offline, the model that training starts from is attacked
-    once, and what flips it is mixed in: cheaper, and blind to what the training changes, which is the classic recipe of
-    Szegedy et al. 2014 (arXiv 1312.6199).
+    once, and what was found is mixed in: cheaper, and blind to what the training changes, which is the classic recipe
+    of Szegedy et al. 2014 (arXiv 1312.6199).
 
     Args:
         attack: any attack; null attacks nothing. What its search returns is trained on, whether it flips or not;

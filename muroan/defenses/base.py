@@ -124,6 +124,15 @@ class Defense(MultimodalModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         self.cost.rows += len(batch)
+        self._spend()
+
+    def on_validation_start(self) -> None:
+        self._spend()
+
+    def on_validation_end(self) -> None:
+        self._clock = time.monotonic()  # what judges an epoch is no part of its cost
+
+    def _spend(self) -> None:
         now = time.monotonic()
         self.cost.seconds, self._clock = self.cost.seconds + now - self._clock, now
 

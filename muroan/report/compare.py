@@ -127,7 +127,8 @@ class Target:
     @property
     def best(self) -> Row | None:
         """The removal attack with the largest curve area."""
-        removals = [row for row in self.rows if row.kind == "removal" and row.value("curve_area") is not None]
+        rows = (row for row in self.rows if row.kind == "removal" and row.value("curve_area") is not None)
+        removals = [row for row in rows if all(run.mislabels for run in row.runs)]
         return max(removals, key=lambda row: row.value("curve_area") or 0.0, default=None)
 
 
@@ -278,8 +279,8 @@ def _setup(run: Run) -> str:
     # Training is no part of an attack's identity, which has the hash of its outcome instead.
     config = run.about.get("config") or {}
     hardening = ("defense", "hardening") if config.get("defense") else ()
-    training = {key: config.get(key) for key in ("training", *hardening)}
-    return json.dumps([run.dataset, run.model, run.attack, own, training], sort_keys=True)
+    hardened = {key: config.get(key) for key in hardening}
+    return json.dumps([run.dataset, run.model, run.attack, own, run.training, hardened], sort_keys=True)
 
 
 def _targets(rows: Sequence[Row]) -> list[Target]:
@@ -514,7 +515,7 @@ def _terms(comparison: Comparison) -> dict[str, str]:
     used = {m.heading.split(",")[0] for m in present([*OUTCOME, *SIZE, *COST], comparison.runs)}
     used |= {KINDS[row.kind] for row in comparison.rows}
     terms = {term: meaning for term, meaning in DEFINITIONS.items() if term in used}
-    repeats = "Of several seeds: the mean of their figures; the samples of each seed are resampled, the seeds are not."
+    repeats = "Of several seeds: the mean of their figures; the same samples are resampled of all, the seeds are not."
     return {**terms, "interval": f"{DEFINITIONS['interval']} {repeats}"}
 
 

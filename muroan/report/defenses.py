@@ -117,8 +117,8 @@ class Defended:
             if not all(key in records for records in by_id):
                 continue  # what an attack has not seen does not hold against it
             tried = [records[key] for records in by_id]
-            size = min(r.decoupled_fraction if r.flipped else np.inf for r in tried)
-            valid = min(r.decoupled_fraction if r.flipped and r.still_valid else np.inf for r in tried)
+            size = min(r.decoupled_fraction if r.mislabelled else np.inf for r in tried)
+            valid = min(r.decoupled_fraction if r.mislabelled and r.still_valid else np.inf for r in tried)
             found[key] = Outcome(tried[0].clean_label == tried[0].label, size, valid if self.judged else np.nan)
         return found
 
@@ -384,21 +384,11 @@ def _setup(run: Run) -> str:
 
 def _base(run: Run) -> str:
     """What decides how a model was trained before it was hardened, apart from the seed."""
-    return json.dumps(_trained(run), sort_keys=True)
-
-
-# Options of a dataset that have no part in training.
-TESTED = ("test_limit", "test_batch_size", "visible", "root", "obtain", "skip_bad", "num_workers")
-
-
-def _trained(run: Run) -> dict[str, Any]:
-    config = run.about.get("config") or {}
-    data = {key: value for key, value in (config.get("dataset") or {}).items() if key not in TESTED}
-    return {"model": config.get("model"), "training": config.get("training"), "dataset": data}
+    return json.dumps(run.training, sort_keys=True)
 
 
 def _options(run: Run) -> dict[str, Any]:
-    config, found = run.about.get("config") or {}, _trained(run)
+    config, found = run.about.get("config") or {}, run.training
     if not run.about.get("defense"):
         return found
     defense = {key: value for key, value in (config.get("defense") or {}).items() if key != "folder"}

@@ -133,8 +133,9 @@ def mean_ledger(run: Run) -> dict[str, Count]:
 def _strongest(group: Sequence[Run]) -> Run:
     """The guided removal attack that flips most; another kind or a random control where there is nothing else."""
 
-    def rank(run: Run) -> tuple[bool, bool, float]:
-        return run.is_guided and run.kind == "removal", not run.is_control, run.value("attack_success_rate") or 0.0
+    def rank(run: Run) -> tuple[bool, bool, bool, float]:
+        guided = run.is_guided and run.kind == "removal"
+        return run.mislabels, guided, not run.is_control, run.value("attack_success_rate") or 0.0
 
     return max(group, key=rank)
 
@@ -185,10 +186,10 @@ def warnings(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> list[str
     for c in comparisons:
         if not c.n:
             said.append(f"{c.guided.label} and {c.control.label} attacked no sample in common: no comparison.")
-        elif not c.better:
+        elif c.guided.kind == "removal" and not c.better:  # what else it may do is not comparable in size
             said.append(
-                f"{c.guided.label} does not flip more than the random control {c.control.attack}: the difference is "
-                f"{figure(c.success['value'], 'rate')} percentage points, 95 % interval "
-                f"[{interval(c.success, 'rate')}], over {whole(c.n)} samples that both attacked."
+                f"{c.guided.label} is no better than the random control {c.control.attack}: the difference of their "
+                f"curve areas is {figure(c.area['value'], 'rate')} percentage points, 95 % interval "
+                f"[{interval(c.area, 'rate')}], over {whole(c.n)} samples that both attacked."
             )
     return said

@@ -36,8 +36,8 @@ class Comparison:
 
     @property
     def better(self) -> bool:
-        """Whether the guided attack flips more, beyond what chance explains."""
-        return self.success["low"] is not None and self.success["low"] > 0
+        """Whether the guided attack flips more, or by smaller removals, beyond what chance explains."""
+        return self.area["low"] is not None and self.area["low"] > 0
 
 
 def attacked_ids(run: Run) -> list[str]:
