@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Two test processes with a thread each use two cores better than one process with two threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
-.PHONY: demo test test-all test-peers lint format benchmark clean
+.PHONY: demo test test-all test-peers test-launchers lint format benchmark clean
 
 .venv/installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv
@@ -35,6 +35,15 @@ test-all: .venv/installed
 test-peers: .venv-peers/installed
 	OMP_NUM_THREADS=1 .venv-peers/bin/python -m pytest -q -m peers tests/peers
 
+# Sweeps by Ray and by submitit, whose packages nothing else needs.
+.venv-launchers/installed: setup.cfg constraints.txt
+	$(PYTHON) -m venv .venv-launchers
+	.venv-launchers/bin/python -m pip install -q -c constraints.txt -e '.[test,submitit,ray]'
+	touch $@
+
+test-launchers: .venv-launchers/installed
+	OMP_NUM_THREADS=1 .venv-launchers/bin/python -m pytest -q tests/test_tracking.py -k launcher
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,4 +57,4 @@ benchmark: .venv/installed
 	$(BIN)/python benchmarks/engine.py
 
 clean:
-	rm -rf .venv .venv-peers outputs build *.egg-info
+	rm -rf .venv .venv-peers .venv-launchers outputs build *.egg-info

@@ -327,4 +327,9 @@ def test_the_command(trained: Path, tmp_path: Path):
     assert {name: attack["broken"] for name, attack in summary["attacks"].items()} == {
         "random_removal · mmbt + mmcert, smoothed": []
     }
-    assert (tmp_path / "run" / "certified.png").stat().st_size > 10_000
+    drawn = tmp_path / "run" / "certified.png"
+    assert drawn.stat().st_size > 10_000
+    before = drawn.read_bytes()
+    run("certify", *options, *where, f"out={tmp_path / 'run'}", cwd=tmp_path)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary, "what it was held against stays"
+    assert drawn.read_bytes() == before

@@ -150,6 +150,18 @@ def test_a_sweep_is_a_group_and_each_job_a_run(sweep) -> None:
             assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@cli_group
+def test_a_certification_is_a_run_with_its_certificates(trained: Path, tmp_path: Path) -> None:
+    few = ("dataset.test_limit=4", "certification.samples=40", "certification.selection=10", f"out={tmp_path / 'c'}")
+    muroan("certify", *SMALL, f"folders.train={trained}", "defense=mmcert", *few, "tracker=wandb",
+           f"checkpoint={trained / 'best.ckpt'}", cwd=tmp_path)  # fmt: skip
+    run = OfflineRun.of(tmp_path / "c")
+    assert set(run.artifacts["certificates"]) == {"certificates.jsonl", "run.json", "summary.json"}
+    assert run.config["command"] == "certify"
+    assert next(run.folder.glob("files/media/images/certified*.png")).read_bytes().startswith(b"\x89PNG")
+    assert run.exit_code == 0
+
+
 def test_a_sweep_keeps_its_name_when_it_is_started_again() -> None:
     name = cli.sweep_name("attack", ["seed=0,1", "attack=decoupling", "attack.patience=3"])
     again = ["hydra/launcher=joblib", "attack=decoupling", "+hydra.launcher.verbose=1", "attack.patience=3", "seed=0,1"]

@@ -168,21 +168,29 @@ def certify(config: DictConfig) -> None:
         folder.clear()
     if folder.finished and folder.matches(run):
         log.info("already certified: %s (rerun=true certifies again)", folder.path)
-        finish_certify(config, folder)
+        logger = tracker(config) if config.certification.attacked else False  # else there is nothing new to log
+        begin_tracking(logger, config)
+        finish_certify(config, folder, logger)
         return
     keys = ("samples", "selection", "alpha", "deleted", "batch_size")
     options = {key: plain(config.certification[key]) for key in keys}
     callback = CertificationCallback(ablation, folder.path, run, seed=config.seed, **options)
-    trainer = pl.Trainer(**trainer_options(config), callbacks=[callback], logger=False, enable_progress_bar=False)
+    logger = tracker(config)
+    trainer = pl.Trainer(**trainer_options(config), callbacks=[callback], logger=logger, enable_progress_bar=False)
+    begin_tracking(logger, config)
     trainer.test(MultimodalModule(model), data, verbose=False)
     if trainer.is_global_zero:
-        finish_certify(config, folder)
+        finish_certify(config, folder, logger)
 
 
-def finish_certify(config: DictConfig, folder: CertificateFolder) -> None:
-    """Summarise certificates, count what attacks on the smoothed model broke, and draw both."""
+def finish_certify(config: DictConfig, folder: CertificateFolder, logger: Any) -> None:
+    """Summarise certificates, count what attacks on the smoothed model broke, draw both, and hand all to the tracker.
+
+    Attacks that the same certificates were held against before stay in the summary.
+    """
     from muroan.certification import broken, robust_accuracy, summarise
     from muroan.report.plots import certified_curve
+    from muroan.report.tracked import log_certificates
     from muroan.results import write_json
     from muroan.runs import find_runs
 
@@ -200,7 +208,9 @@ def finish_certify(config: DictConfig, folder: CertificateFolder) -> None:
         told = "whatever is done to one element of %s: %.1f %%; median size of right samples: %g elements, %.3f %%"
         log.info(f"  {told}", name, size["any"], size["elements"], size["percent"])
     attacks = find_runs(folders(config.certification.attacked)) if config.certification.attacked else []
-    summary["attacks"] = {}
+    file = folder.path / "summary.json"
+    before = json.loads(file.read_text())["attacks"] if file.exists() else {}
+    summary["attacks"] = dict(before)
     deleted = folder.run["identity"]["certification"]["deleted"]
     for run in attacks:
         theirs, ours = run.about["identity"], folder.run["identity"]
@@ -223,8 +233,11 @@ def finish_certify(config: DictConfig, folder: CertificateFolder) -> None:
         everything = float(robust_accuracy(certificates, run.records, [1.0])[0])
         summary["attacks"][run.label] = {"broken": [c.id for c, _ in found], "robust_accuracy": everything}
         log.info("  %s: %d certificates broken, robust accuracy %.1f %%", run.label, len(found), everything)
-    write_json(folder.path / "summary.json", summary)
-    (folder.path / "certified.png").write_bytes(certified_curve(certificates, [(r.label, r.records) for r in attacks]))
+    if attacks or not before:
+        curve = certified_curve(certificates, [(r.label, r.records) for r in attacks])
+        (folder.path / "certified.png").write_bytes(curve)
+    write_json(file, summary)
+    log_certificates(logger, folder, summary)
     log.info("certificates: %s", folder.records_file)
 
 

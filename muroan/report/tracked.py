@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
+from muroan.certification import CertificateFolder
 from muroan.report.examples import Drawing, Picture, Wave, Words, draw_all
 from muroan.results import AttackResult, RunFolder
 
@@ -82,6 +83,21 @@ def log_attack(
         about = {key: folder.run.get(key) for key in ("fingerprint", "checkpoint")}
         logger.experiment.log_artifact(_artifact(logger, "records", files, about))
         logger.experiment.log({"examples": examples_table(records, classes)})
+
+
+@forgiving
+def log_certificates(logger: Logger | None, folder: CertificateFolder, summary: Mapping[str, Any]) -> None:
+    """The figures, the curve, and the certificates with `run.json` and `summary.json` as an artifact."""
+    if isinstance(logger, WandbLogger):
+        figures = {name: summary[name] for name in ("samples", "abstained", "accuracy")}
+        figures |= {f"{modality}/{name}": x for modality, size in summary["alone"].items() for name, x in size.items()}
+        for attack, found in summary["attacks"].items():
+            figures |= {f"{attack}/broken": len(found["broken"]), f"{attack}/robust": found["robust_accuracy"]}
+        logger.experiment.summary.update({f"summary/{name}": figure for name, figure in figures.items()})
+        files = [folder.records_file, folder.path / "run.json", folder.path / "summary.json"]
+        about = {key: folder.run.get(key) for key in ("fingerprint", "checkpoint")}
+        logger.experiment.log_artifact(_artifact(logger, "certificates", files, about))
+        logger.experiment.log({"certified": wandb.Image(str(folder.path / "certified.png"))})
 
 
 def _artifact(logger: WandbLogger, kind: str, files: Sequence[Path], about: Mapping[str, Any]) -> wandb.Artifact:
