@@ -15,6 +15,7 @@ CAPTION = "Test accuracy of the same model trained on each modality alone and on
 
 def main() -> None:
     sweep = Sweep(full={"models": "mmbt,concat", "seeds": "0"}, quick={"models": "concat"})
+    missing = ""
     rows: list[list[object]] = [["dataset", "model", "trained on", "seeds", "test_accuracy"]]
     for dataset in sweep.datasets:
         parts = [*MODALITIES[dataset], "all"]
@@ -25,13 +26,15 @@ def main() -> None:
                 known = {seed: summary for seed, summary in zip(sweep.seeds, summaries[model], strict=True) if summary}
                 accuracy = mean(summary["accuracy"]["test"] for summary in known.values()) if known else None
                 rows.append([dataset, model, part, " ".join(map(str, known)), accuracy])
+                if lacking := [seed for seed in sweep.seeds if seed not in known]:
+                    missing += f"- not run: {dataset} · {model} on {part}, seed {', '.join(map(str, lacking))}\n"
     out = OUT / "unimodal"
     out.mkdir(parents=True, exist_ok=True)
     write_csv(out / "unimodal.csv", rows)
     lines = [[*map(str, rows[0][:-1]), "test accuracy (%)"]]
     lines += [[*map(str, names), figure(accuracy, "rate")] for *names, accuracy in rows[1:]]
     page = out / "unimodal.md"
-    page.write_text(f"{CAPTION}\n\n{markdown_table(lines, texts=4)}")
+    page.write_text(f"{CAPTION}\n\n{markdown_table(lines, texts=4)}\n{missing}")
     sweep.finish(page)
 
 

@@ -301,6 +301,15 @@ class TestCommands:
         assert all(where.startswith("easy_vqa-") for where in about["weights"])  # folders of trainings
         assert about["cells"][0] == about["cells"][1] > 0
 
+    def test_what_holds_is_counted_by_class(self, workplace):
+        if not (workplace / OUT / "vulnerability").exists():
+            pytest.skip("needs the table of the other test")
+        with (workplace / OUT / "vulnerability/vulnerability-held.csv").open() as file:
+            counted = sum(int(row["held"]) for row in csv.DictReader(file) if row["attack"] == "random_removal")
+        (cell,) = workplace.glob(f"{OUT}/attacks/*-random_removal-*/records.jsonl")
+        statuses = [json.loads(line)["status"] for line in cell.open()]
+        assert counted == len(statuses) - statuses.count("flipped") - statuses.count("skipped") > 0
+
     def test_tables_share_their_models_and_cells(self, workplace):
         if not (workplace / OUT / "threat_model").exists():
             pytest.skip("needs the tables of the other tests")
