@@ -47,7 +47,7 @@ SHOWN += ["decoupled_fraction_mean", "decoupled_fraction_median", "proven", "que
 
 
 def choosing(dataset: str) -> list[str]:
-    return [*VALUES, *OF_TEXT[dataset], *CORRUPTIONS[dataset]]
+    return [*VALUES, *OF_TEXT[dataset]]
 
 
 def removing(dataset: str) -> list[str]:
@@ -64,10 +64,21 @@ def entries(sweep: Sweep, attacks: Callable[[str], Sequence[str]]) -> list[Entry
     return found
 
 
+def corrupted(sweep: Sweep) -> list[Entry]:
+    """The rows of those of the corruptions that are asked for, by severity."""
+    found = []
+    for dataset in sweep.datasets:
+        chosen = [name for name in CORRUPTIONS[dataset] if not sweep.attacks or name in sweep.attacks]
+        for severity in sweep.chosen["severities"].split(",") if chosen else ():
+            cells = sweep.cells(dataset, chosen, f"attack.severity={severity}")
+            found += [Entry(f"{dataset} · {m}", f"{name}, severity {severity}", cells[m, name]) for m, name in cells]
+    return found
+
+
 def main() -> None:
-    quick = {"attacks": "decoupling,random_removal,sparse_rs,gaussian_noise", "values": "16"}
-    sweep = Sweep(full={"values": "100"}, quick=quick)
-    known = {attack for dataset in TRAINED for attack in [*removing(dataset), *choosing(dataset)]}
+    quick = {"attacks": "decoupling,random_removal,sparse_rs,gaussian_noise", "values": "16", "severities": "3"}
+    sweep = Sweep(full={"values": "100", "severities": "1,3,5"}, quick=quick)
+    known = {a for dataset in TRAINED for a in [*removing(dataset), *choosing(dataset), *CORRUPTIONS[dataset]]}
     if unknown := set(sweep.attacks) - known:
         sys.exit(f"attacks must be among {', '.join(sorted(known))}, got {', '.join(sorted(unknown))}")
     metrics = [METRICS[name] for name in SHOWN]
@@ -77,7 +88,7 @@ def main() -> None:
         sweep.write(table)
         sweep.compare(table)
     sweep.samples = sweep.chosen["values"]
-    values = entries(sweep, choosing)
+    values = [*entries(sweep, choosing), *corrupted(sweep)]
     if any(entry.runs for entry in values):
         caption = (CHOOSING + BUDGET).format(values=sweep.samples, budget=sweep.budget)
         sweep.write(Table("values", caption, metrics, values))
