@@ -19,6 +19,7 @@ from muroan.certification import CertificateFolder, summarise
 from muroan.cli.jobs import planned
 from muroan.report.cells import Cell
 from muroan.report.markup import markdown_table, write_csv
+from muroan.report.plots import Certified, certified_curves
 from muroan.report.tables import figure
 
 # What an element is, and what is kept: pixels, samples of sound and tokens, as conf/defense/mmcert.yaml has it; or
@@ -84,6 +85,7 @@ def main() -> None:
     full = {"samples": "50", "elements": "single,larger"}
     sweep = Sweep(full=full, quick={**full, "samples": "8", "elements": "larger"})
     rows: list[list[object]] = []
+    votes: dict[str, Certified] = {}  # of the first seed
     missing = ""
     for dataset in sweep.datasets:
         base = sweep.trained(dataset)
@@ -98,6 +100,10 @@ def main() -> None:
                 if lacking := [seed for seed in sweep.seeds if seed not in folders]:
                     missing += f"- not run: {dataset} · {model}, {elements}, seed {', '.join(map(str, lacking))}\n"
                 if folders:
+                    first = next(cell for cell in cells if cell.seed in folders)
+                    assert first.run is not None
+                    certificates = CertificateFolder(folders[first.seed]).records()
+                    votes[f"{dataset} · {model}, {elements}"] = certificates, [("decoupling", first.run.records)]
                     summaries = [s for seed, s in zip(sweep.seeds, base[model], strict=True) if s and seed in folders]
                     accuracy = mean(summary["accuracy"]["test"] for summary in summaries) if summaries else None
                     seeds = " ".join(map(str, folders))
@@ -106,6 +112,8 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     names = ["image_at_most", "other_at_most"]
     write_csv(out / "certified.csv", [[names.pop(0) if head == "at most" else head for head in HEADS], *rows])
+    if votes:
+        (out / "certified.png").write_bytes(certified_curves(votes))
     budget = dict(word.split("=", 1) for word in [*VOTE, *sweep.options])["threat_model.max_queries"]
     page = out / "certified.md"
     caption = CAPTION.format(samples=sweep.samples, budget=budget)

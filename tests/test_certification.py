@@ -33,7 +33,7 @@ from muroan.data.samples import Batch
 from muroan.defenses.mmcert import Ablation, SmoothedModel
 from muroan.engine import evaluate
 from muroan.errors import MuroanError
-from muroan.report.plots import certified_curve
+from muroan.report.plots import certified_curves
 from muroan.results import AttackResult
 from muroan.training.module import MultimodalModule, load_weights
 
@@ -128,10 +128,10 @@ class TestPromise:
 
     def test_the_figure(self):
         records = [attacked(0, ("image", (0, 0), (4, 8))), attacked(1, status="held")]
-        both = certified_curve([certificate(0), certificate(1)], [("$x$ · mmbt", records)])
+        both = certified_curves({"": ([certificate(0), certificate(1)], [("$x$ · mmbt", records)])})
         assert both[:4] == b"\x89PNG"
-        assert both == certified_curve([certificate(0), certificate(1)], [("$x$ · mmbt", records)])
-        assert both != certified_curve([certificate(0), certificate(1)], [], dark=True)
+        assert both == certified_curves({"": ([certificate(0), certificate(1)], [("$x$ · mmbt", records)])})
+        assert both != certified_curves({"": ([certificate(0), certificate(1)], [])}, dark=True)
 
 
 KEEP = {"audio": 4, "text": 3}

@@ -373,6 +373,7 @@ class TestCommands:
         attack = next(iter(json.loads((folder / "summary.json").read_text())["attacks"].values()))
         assert float(row["left (%)"]) == attack["robust_accuracy"]
         here(monkeypatch, workplace, "certified", "quick", "tabulate", "seeds=0,1")
+        assert (workplace / OUT / "certified/certified.png").stat().st_size > 10_000
         page = (workplace / OUT / "certified/certified.md").read_text()
         assert "- not run: easy_vqa · late_fusion, larger, seed 1\n" in page
         assert [line[:4] for line in rows_of(page)[1:]] == [["easy_vqa", "late_fusion", "larger", "0"]]

@@ -189,7 +189,7 @@ def finish_certify(config: DictConfig, folder: CertificateFolder, logger: Any) -
     Attacks that the same certificates were held against before stay in the summary.
     """
     from muroan.certification import broken, robust_accuracy, summarise
-    from muroan.report.plots import certified_curve
+    from muroan.report.plots import certified_curves
     from muroan.report.tracked import log_certificates
     from muroan.results import write_json
     from muroan.runs import find_runs
@@ -234,7 +234,7 @@ def finish_certify(config: DictConfig, folder: CertificateFolder, logger: Any) -
         summary["attacks"][run.label] = {"broken": [c.id for c, _ in found], "robust_accuracy": everything}
         log.info("  %s: %d certificates broken, robust accuracy %.1f %%", run.label, len(found), everything)
     if attacks or not before:
-        curve = certified_curve(certificates, [(r.label, r.records) for r in attacks])
+        curve = certified_curves({"": (certificates, [(r.label, r.records) for r in attacks])})
         (folder.path / "certified.png").write_bytes(curve)
     write_json(file, summary)
     log_certificates(logger, folder, summary)

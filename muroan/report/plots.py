@@ -303,25 +303,45 @@ def _success(
     return line
 
 
-def certified_curve(
-    certificates: Sequence[Certificate], attacks: Sequence[tuple[str, Sequence[AttackResult]]], dark: bool = False
-) -> bytes:
+# Certificates of a vote, and name and records of attacks on it.
+Certified = tuple[Sequence["Certificate"], Sequence[tuple[str, Sequence[AttackResult]]]]
+
+
+def certified_curves(votes: Mapping[str, Certified], dark: bool = False) -> bytes:
     """Certified accuracy beside the accuracy that attacks leave, against what the attacker may alter.
 
     Args:
-        attacks: name and records of attacks on the smoothed model.
+        votes: by name; one panel each.
         dark: for a dark page.
 
     Returns:
         A PNG; the same bytes for the same records.
     """
-    from muroan.certification import certified_accuracy, robust_accuracy  # brings Lightning, which no report needs
-
     paper, ink = PAPER[dark], INK[dark]
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
-    picture = Figure(figsize=(7.2, 4.4), dpi=200, facecolor=paper, layout=layout)
+    many = len(votes) > 1
+    rows, columns = -(-len(votes) // 2), 1 + many
+    size = (10, 2.7 * rows + 0.6) if many else (7.2, 4.4)
+    picture = Figure(figsize=size, dpi=200, facecolor=paper, layout=layout)
     FigureCanvasAgg(picture)
-    axes = picture.add_subplot(facecolor=paper)
+    for place, (name, vote) in enumerate(votes.items()):
+        axes = picture.add_subplot(rows, columns, place + 1, facecolor=paper)
+        _certified(axes, *vote, dark)
+        if many:
+            axes.set_title(name, color=ink, fontsize=10.5, loc="left")
+    picture.supxlabel("altered, % of the elements of every modality (log scale)", color=ink, fontsize=10.5)
+    picture.supylabel("accuracy, % of all samples", color=ink, fontsize=10.5)
+    marks = (axes.get_legend_handles_labels() for axes in picture.axes)
+    _legend(picture, {label: mark for found in marks for mark, label in zip(*found, strict=True)}, 1, dark)
+    return _png(picture)
+
+
+def _certified(
+    axes: Axes, certificates: Sequence[Certificate], attacks: Sequence[tuple[str, Sequence[AttackResult]]], dark: bool
+) -> None:
+    """The curves of one vote."""
+    from muroan.certification import certified_accuracy, robust_accuracy  # brings Lightning, which no report needs
+
     left = min(1 / max(2, *c.n.values()) for c in certificates) / 1.6  # before the first element
     shares = np.geomspace(left, 1, 600)
     curves = [("certified", certified_accuracy(certificates, shares))]
@@ -331,10 +351,6 @@ def certified_curve(
         axes.step(100 * shares, accuracy, where="post", color=shade, linestyle=dash, linewidth=1.9, label=name)
     axes.fill_between(100 * shares, curves[0][1], step="post", color=COLOURS[dark][0], alpha=0.14, linewidth=0)
     _dress(axes, 100 * left, 100, dark)
-    axes.set_xlabel("altered, % of the elements of every modality (log scale)", color=ink, fontsize=10.5, labelpad=8)
-    axes.set_ylabel("accuracy, % of all samples", color=ink, fontsize=10.5, labelpad=8)
-    _legend(picture, dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True)), 1, dark)
-    return _png(picture)
 
 
 @dataclass(frozen=True)
