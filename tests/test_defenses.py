@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -515,6 +516,25 @@ def test_values_of_an_attacks_choosing_are_kept_too(tmp_path: Path, learned: Any
 
 
 # -- interruptions, accounts, judgement -----------------------------------------------------------------------
+
+
+def test_what_judges_an_epoch_is_no_part_of_its_cost(monkeypatch: pytest.MonkeyPatch, learned: Any) -> None:
+    """By a clock that goes one second a batch, and a thousand while an epoch is judged."""
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr("muroan.defenses.base.time", clock)
+
+    class Hands(pl.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            clock.now += 1
+
+        def on_validation_epoch_end(self, *_: Any) -> None:
+            clock.now += 1000
+
+    module = PlainTraining(model(learned), lr=0.02)
+    trainer = fitted(module, 2, [Hands()])
+    assert module.cost.seconds == trainer.global_step == 12
+    trainer.validate(module, Sides(batch_size=16), verbose=False)
+    assert module.cost.seconds == 12
 
 
 def test_a_killed_training_goes_on_to_the_same_model(tmp_path: Path, learned: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 
 from muroan.attacks.base import ThreatModel
@@ -29,7 +30,7 @@ class Cost:
     Attributes:
         rows: samples that went forwards and backwards through the model to train it, repeats counted.
         attack_forwards, attack_backwards: passes of the attacks on training samples, counted a sample.
-        seconds: of wall time.
+        seconds: of wall time, without what judges the epochs.
     """
 
     rows: int = 0
@@ -127,7 +128,8 @@ class Defense(MultimodalModule):
         self._spend()
 
     def on_validation_start(self) -> None:
-        self._spend()
+        if self.trainer.state.fn == TrainerFn.FITTING:  # not where a trained model is judged by itself
+            self._spend()
 
     def on_validation_end(self) -> None:
         self._clock = time.monotonic()  # what judges an epoch is no part of its cost
