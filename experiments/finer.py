@@ -11,7 +11,7 @@ from sweep import KNOWN, Sweep
 
 from muroan.report.cells import METRICS, Entry, Table
 
-# Of the removal attacks of Table 5: those of text or sound alone and missing_modality do not depend on image regions.
+# Some of the removal attacks of Table 5, of which those of text or sound alone do not depend on image regions.
 ATTACKS = "decoupling,decoupling_reference,greedy_occlusion,saliency_removal,random_removal"
 CAPTION = (
     "Finer regions: as for vulnerability, but image regions are halved as long as they are longer than {finest} "

@@ -95,7 +95,7 @@ def columns(results: Sequence[AttackResult], judged: bool | None = None) -> dict
     table["one_minimal"] = (100 * audited, "mean")
     table["proven"] = (100 * column(lambda r: r.proven, lambda r: r.flipped and r.proven is not None), "mean")
     judged = any(r.still_valid is not None for r in results) if judged is None else judged
-    # Only of what is removed a dataset can tell.
+    # A dataset can tell of removals alone.
     valid = column(
         lambda r: r.flipped and r.still_valid is True, lambda r: r.attacked and judged and r.kind == "removal"
     )

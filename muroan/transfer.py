@@ -59,6 +59,7 @@ class Source:
 
     @property
     def flipped(self) -> list[AttackResult]:
+        """The records of flips to another label."""
         return [record for record in self.records if record.mislabelled]
 
 

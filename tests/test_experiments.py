@@ -300,6 +300,9 @@ class TestCommands:
         assert about["weights"]
         assert all(where.startswith("easy_vqa-") for where in about["weights"])  # folders of trainings
         assert about["cells"][0] == about["cells"][1] > 0
+        if name in ("finer", "baselines"):
+            with (workplace / OUT / name / "compare/pairs.csv").open() as file:
+                assert {row["attack"] for row in csv.DictReader(file)} == {"decoupling"}
 
     def test_what_holds_is_counted_by_class(self, workplace):
         if not (workplace / OUT / "vulnerability").exists():

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from muroan.metrics import summarise
 from muroan.modalities import Audio, Image, Region, Removal, Text, WordTokenizer, removed_elements
 from muroan.report import build, plots
 from muroan.report.examples import choose, draw, draw_all
+from muroan.report.html import _strongest
 from muroan.report.runs import compare
 from muroan.report.tables import figure
 from muroan.report.tracked import _cells
@@ -407,6 +409,12 @@ class TestRuns:
         assert comparison.success == {"value": 0.0, "low": 0.0, "high": 0.0}
         text = "".join(read(build([tmp_path], tmp_path / "out").parent).text["li"])
         assert "guided · m is no better than the random control random_removal" in text
+
+    def test_what_reaches_another_goal_does_not_lead(self, tmp_path, no_curves):
+        turned = [replace(r, adversarial_label=r.label) for r in attack_records("e", pictured(0, 20), 1, success=1.0)]
+        write_run(tmp_path / "e", "decoupling_embedding", "m", "d", turned)
+        write_run(tmp_path / "g", "guided", "m", "d", attack_records("guided", pictured(0, 20), 1, success=0.5))
+        assert _strongest(find_runs([tmp_path])).attack == "guided"
 
     def test_smaller_removals_are_better_too(self, tmp_path, no_curves):
         """Where all samples are flipped by both, the sizes decide; what chooses values is not held against removals."""

@@ -37,6 +37,7 @@ class OfflineRun:
     run_id: str = ""
     history: list[dict[str, Any]] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
     artifacts: dict[str, dict[str, Path]] = field(default_factory=dict)
     exit_code: int | None = None
 
@@ -57,6 +58,8 @@ class OfflineRun:
                 run.history.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items})
             for update in (*record.config.update, *record.run.config.update):
                 run.config[update.key or "/".join(update.nested_key)] = json.loads(update.value_json)
+            for update in record.summary.update:
+                run.summary[update.key or "/".join(update.nested_key)] = json.loads(update.value_json)
             artifact = record.artifact if record.HasField("artifact") else record.request.log_artifact.artifact
             if artifact.type:
                 files = {entry.path: Path(entry.local_path) for entry in artifact.manifest.contents}
@@ -158,6 +161,8 @@ def test_a_certification_is_a_run_with_its_certificates(trained: Path, tmp_path:
     run = OfflineRun.of(tmp_path / "c")
     assert set(run.artifacts["certificates"]) == {"certificates.jsonl", "run.json", "summary.json"}
     assert run.config["command"] == "certify"
+    told = json.loads((tmp_path / "c/summary.json").read_text())
+    assert [run.summary[f"summary/{key}"] for key in ("samples", "accuracy")] == [4, told["accuracy"]]
     assert next(run.folder.glob("files/media/images/certified*.png")).read_bytes().startswith(b"\x89PNG")
     assert run.exit_code == 0
 

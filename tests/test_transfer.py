@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -386,6 +387,11 @@ class TestRuns:
         write_run(tmp_path / "runs/again", "top", ON_TOP, seed=1, replacement="noise")
         page = write([tmp_path / "runs"], tmp_path / "out", build)
         assert len(rates(page.with_suffix(".csv"))) == 6
+
+    def test_what_flips_no_label_is_not_transferred(self):
+        found = source("x", {0: ([PIXEL], 1), 1: ([A], 2)})
+        turned = replace(found.records[0], adversarial_label=found.records[0].label)
+        assert replace(found, records=[turned, *found.records[1:]]).flipped == [found.records[1]]
 
     def test_a_diagonal_below_all_is_warned_of(self, tmp_path):
         two(tmp_path / "runs")

@@ -74,10 +74,10 @@ def prune(sample: AttackedSample, smallest: Smallest) -> Generator[Ask, list[Res
     while len(queue) > 1:
         without = (Removal(tuple(part for part in parts if part is not dropped)) for dropped in queue)
         responses = yield Ask(without, phase="prune", until=sample.flipped)
-        tried = len(responses)
-        if not tried or not sample.flipped(responses[-1]):
+        if not sample.flipped(responses[-1]):
             return
         # The round goes on where it stands; parts that were needed before may no longer be, and come again at its end.
+        tried = len(responses)
         parts = [part for part in parts if part is not queue[tried - 1]]
         smallest.see([Removal(tuple(parts))], responses[-1:])
         queue = queue[tried:] + queue[: tried - 1]
