@@ -15,11 +15,12 @@ pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
 foolbox = pytest.importorskip("foolbox", reason="make test-peers installs it")
 captum = pytest.importorskip("captum.attr", reason="make test-peers installs it")
 pytest.importorskip("art", reason="make test-peers installs it")
-from art.attacks.evasion import ProjectedGradientDescentPyTorch  # noqa: E402
+from art.attacks.evasion import PixelAttack, ProjectedGradientDescentPyTorch  # noqa: E402
 from art.estimators.classification import PyTorchClassifier  # noqa: E402
 
 import muroan  # noqa: E402
 from muroan.attacks.base import AttackedSample, Response, ThreatModel  # noqa: E402
+from muroan.attacks.one_pixel import OnePixel  # noqa: E402
 from muroan.attacks.pgd import Pgd, PgdL2, PgdLinf  # noqa: E402
 from muroan.attacks.saliency_removal import SaliencyRemoval  # noqa: E402
 from muroan.attacks.sigma_zero import SigmaZero  # noqa: E402
@@ -297,3 +298,42 @@ def test_sigma_zero_is_as_sparse_as_adversarial_librarys():
         print(f"{steps} steps: {mine.double().mean():.3f} components on average, adv-lib {other.double().mean():.3f}")
         # The same algorithm but for when the step length anneals (theirs a step later).
         assert mine.double().mean() <= other.double().mean() * 1.05 + 0.1
+
+
+@pytest.mark.parametrize("pixels", [1, 3])
+def test_one_pixel_flips_as_many_as_art(pixels):
+    """With as many questions of each sample: ART's first generations are of 400, whatever its budget."""
+    model = Net()
+    samples = samples_of(model, 40)
+    shown = OfPixels(model).float()
+    shown.low, shown.scale = shown.low.float(), shown.scale.float()
+    classifier = PyTorchClassifier(
+        shown, nn.CrossEntropyLoss(), (3, SIDE, SIDE), 4, clip_values=(0, 1), device_type="cpu"
+    )
+    asked = 0
+    predict = classifier.predict
+
+    def counted(x, *args, **kwargs):
+        nonlocal asked
+        asked += len(x)
+        return predict(x, *args, **kwargs)
+
+    classifier.predict = counted
+    attack = PixelAttack(classifier, th=pixels, es=1, max_iter=4)
+    np.random.seed(0)
+    other, most = 0, 0
+    for sample in samples:
+        asked = 0
+        clean = shown.pixels(sample.inputs["image"].float())[None].numpy()
+        found = attack.generate(clean, np.array([sample.label]))
+        most = max(most, asked)
+        changed = (np.abs(found - clean) > 1e-4).any(1).sum()
+        assert changed <= pixels
+        other += int(predict(found).argmax() != sample.label)
+    model.double()
+    records = muroan.evaluate(model, samples, OnePixel(pixels, queries=most))
+    mine = sum(r.flipped for r in records)
+    print(f"{pixels} pixels, {most} questions: {mine} of 40 flipped, ART {other}")
+    assert all(r.queries <= most + 1 for r in records)
+    assert 0 < other < 40, "a test of strength needs something to flip and something that resists"
+    assert mine >= other - 1  # both draw at random
