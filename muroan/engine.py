@@ -61,12 +61,18 @@ Conversation = Generator[list[_Question], None, AttackResult]
 StillValid = Callable[[Sample, Removal], "bool | None"]
 
 
-def _shrinking(flips: Iterable[tuple[int, float]], last: float) -> list[tuple[int, float]]:
-    """Of (queries, size) those that are smaller than all before, down to the size that was returned."""
+def _shrinking(flips: Iterable[tuple[int, float, float]], last: float) -> list[tuple[int, float]]:
+    """Of (queries, cost, size) those that cost less than all before, down to the cost of what was returned.
+
+    Returns:
+        (queries, size)
+    """
     kept: list[tuple[int, float]] = []
-    for at, size in flips:
-        if size >= last - 1e-9 and (not kept or size < kept[-1][1]):
+    least = math.inf
+    for at, cost, size in flips:
+        if cost >= last - 1e-9 and (not kept or cost < least):
             kept.append((at, size))
+            least = cost
     return kept
 
 
@@ -82,7 +88,7 @@ class _Live:
     Attributes:
         number: unique among all samples of the engine; slot: where the sample's tensors lie in the store.
         budget: queries left; queries: asked so far.
-        flips: (queries, decoupled fraction in percent) of every one that was seen.
+        flips: (queries, the attack's cost, decoupled fraction in percent) of every one that was seen.
         answers: every answer so far. `asked` are the keys that the search has been given answers to: the engine may
             know more than that, having run ahead, and the ledger must not depend on it.
         refused: whether the budget kept a function of the attack's from a pass; see `Target.refused`.
@@ -103,7 +109,7 @@ class _Live:
     verified: Response | None = None
     told: Any = None
     view: AttackedSample | None = None
-    flips: list[tuple[int, float]] = field(default_factory=list)
+    flips: list[tuple[int, float, float]] = field(default_factory=list)
     ledger: dict[str, Count] = field(default_factory=dict)
     wanted: deque[_Question] = field(default_factory=deque)
     in_flight: int = 0
@@ -129,11 +135,11 @@ class _Live:
                 self.queries += 1
         return self.answers[key]
 
-    def note_flip(self, key: Key) -> None:
+    def note_flip(self, key: Key, cost: float) -> None:
         """Enter a flip, as many queries after the start."""
         total = sum(layout.count for layout in self.sample.layouts.values())
         fraction = 100 * sum(bits.bit_count() for _, bits in key) / total
-        self.flips.append((self.queries, fraction))
+        self.flips.append((self.queries, cost, fraction))
 
     def affordable(self, key: Key, phase: str) -> bool:
         return key in self.asked or phase in OWN_PHASES or self.budget >= 1
@@ -589,7 +595,7 @@ class QueryEngine:
                     raise MuroanError(f"{self.attack.name}.search must ask removals (Removal.of), got {removal!r}")
                 yield removal
 
-        return Ask(checked(), ask.phase, ask.until)
+        return Ask(checked(), ask.phase, ask.until, ask.admissible)
 
     def _answer(self, live: _Live, ask: Ask) -> Generator[list[_Question], None, list[Response]]:
         """Responses to an ask, in order; yields the questions that are not answered yet."""
@@ -616,8 +622,9 @@ class QueryEngine:
             window.popleft()
             response = live.answered(key, ask.phase)
             responses.append(response)
-            if ask.phase not in OWN_PHASES and self.attack.reached(live.sample.label, response):
-                live.note_flip(key)
+            if ask.admissible and ask.phase not in OWN_PHASES and self.attack.reached(live.sample.label, response):
+                assert live.view is not None
+                live.note_flip(key, self.attack.cost(live.view, removal))
             if ask.until is not None and ask.until(response):
                 if live.rng is not None:
                     live.rng.bit_generator.state = state
@@ -659,7 +666,8 @@ class QueryEngine:
             media=media,
         )
         if result.flipped and self.attack.kind == "removal":
-            result.trajectory = _shrinking(live.flips, result.decoupled_fraction)
+            assert live.view is not None
+            result.trajectory = _shrinking(live.flips, self.attack.cost(live.view, removal))
         return result
 
     # -- work on whole batches -----------------------------------------------------------------------------
@@ -724,7 +732,7 @@ class QueryEngine:
                 noted = [(live.queries + at, 100 * elements / total) for at, elements in target.in_hand[row]]
                 if not noted and first and not live.flips:
                     noted = [(live.queries + first, math.inf)]
-                live.flips += noted
+                live.flips += [(at, size, size) for at, size in noted]
             live.budget -= queries
             live.queries += queries
             live.refused |= bool(target.refused[row])

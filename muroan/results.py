@@ -54,8 +54,8 @@ class AttackResult:
         proven: no removal in its universe that is smaller, by the attack's objective, flips; None when it
             makes no such claim.
         still_valid: whether the label is still right after the removal, says the dataset; None when it cannot tell.
-        trajectory: (queries, decoupled fraction in percent) at every flip seen that was smaller than those before:
-            what a budget of fewer queries would have had in hand.
+        trajectory: (queries, decoupled fraction in percent) at every flip in hand that the attack held for smaller than
+            those before, by its objective: what a budget of fewer queries would have had.
         info: what this attack adds of its own.
         media: what a report needs to draw the sample, a modality; only for the first samples.
         perturbed_media: the same of what a perturbation made of it.

@@ -19,6 +19,7 @@ from torch import nn
 import muroan
 from muroan.attacks.base import Attack, Perturbation, ThreatModel
 from muroan.attacks.corruptions import AudioNoise, Corruption, GaussianNoise, SaltAndPepper, WordMasking
+from muroan.attacks.decoupling_reference import DecouplingReference
 from muroan.attacks.exhaustive import Exhaustive, ascending
 from muroan.attacks.greedy import lowest, ranked
 from muroan.attacks.greedy_occlusion import GreedyOcclusion
@@ -259,6 +260,7 @@ REMOVALS: list[Callable[[], Attack]] = [
     Exhaustive,
     MissingModality,
     RandomRemoval,
+    DecouplingReference,
 ]
 
 
@@ -307,6 +309,25 @@ def test_removals_within_a_budget_return_the_best_they_know(make, budget):
             assert record.to_json() == free[record.id].to_json()
         elif not record.flipped:
             assert record.status in ("budget_exhausted", "skipped")
+
+
+@pytest.mark.parametrize("make", REMOVALS, ids=lambda make: make().name)
+def test_a_trajectory_is_what_smaller_budgets_would_have_had(make):
+    """These searches do not look at their budget, so that a smaller one cuts them short where it ends."""
+
+    def run(budget: int | None = None) -> dict[str, AttackResult]:
+        threat_model = ThreatModel(min_side={"image": 1}, max_queries=budget)
+        return {r.id: r for r in muroan.evaluate(RandomToy(), toy_samples(), make(), threat_model=threat_model)}
+
+    free = run()
+    budgets = sorted({asked + less for r in free.values() for asked, _ in r.trajectory for less in (0, -1)} - {0})
+    assert len(budgets) > 1
+    for budget in budgets:
+        for key, record in run(budget).items():
+            had = [fraction for asked, fraction in free[key].trajectory if asked <= budget]
+            assert record.flipped == bool(had), (key, budget, free[key].trajectory)
+            if had:
+                assert record.decoupled_fraction == pytest.approx(had[-1])
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -473,6 +473,19 @@ def test_the_trajectory_leads_to_the_result(name, queries):
     assert record.decoupled_fraction == pytest.approx(fractions[-1])
 
 
+def test_the_trajectory_goes_by_the_objective():
+    """A word is a sixth of the text and a thousandth of all, a block a 64th of the picture and of nearly all: by
+    `normalised` the block is the smaller flip, and the word was in hand before.
+    """
+    model = flips_when(lambda p: p.gone(word(0)) | p.gone(pixels(5, 2)))
+    record = one(model, Decoupling("normalised"))
+    assert record.removal.regions == (pixels(5, 2),)
+    fractions = [fraction for _, fraction in record.trajectory]
+    quarter, sixteenth = 25600 / 1030, 6400 / 1030
+    assert fractions == pytest.approx([quarter, 100 / 1030, sixteenth, 1600 / 1030])
+    assert [fraction for _, fraction in one(model).trajectory] == pytest.approx([100 / 1030])
+
+
 def test_what_is_recorded():
     record = one(TOYS["block and word"][0]())
     assert (record.attack, record.kind, record.info["atoms"]) == ("decoupling", "removal", 64 + 6)

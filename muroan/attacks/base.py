@@ -65,11 +65,14 @@ class Ask:
         until: stop at the first response for which this holds. The search gets the responses up to and including
             it, as if it had asked one by one; the engine may run ahead to fill its batches, which costs forwards,
             not queries.
+        admissible: whether the search takes note of flips among the answers, to return one if it ended now; False where
+            it looks at something else, so that the trajectory does not credit it with them.
     """
 
     removals: Iterable[Removal]
     phase: str = "search"
     until: Callable[[Response], bool] | None = None
+    admissible: bool = True
 
 
 @dataclass(slots=True)
@@ -266,6 +269,13 @@ class Attack(ABC):
             label: the true class.
         """
         return response.label != label
+
+    def cost(self, sample: AttackedSample, removal: Removal) -> float:
+        """What the attack wants to be small in a removal that flips: the decoupled fraction, in percent.
+
+        A record's trajectory has the flips that cost less than all before.
+        """
+        return sample.size(removal)
 
 
 class BatchAttack(Attack):

@@ -14,6 +14,7 @@ from muroan.attacks.base import Ask, Attack, AttackedSample, BudgetExhausted, Re
 from muroan.attacks.greedy import lowest, ranked
 from muroan.attacks.universe import Universe, ascending, cheaper
 from muroan.errors import MuroanError
+from muroan.modalities import Removal, removed_elements
 
 Asking = Generator[Ask, list[Response], None]
 
@@ -137,6 +138,17 @@ class Decoupling(Attack):
             others = np.delete(response.logits, self.target)
             return float(others.max() - response.logits[self.target])
         return response.margin
+
+    def cost(self, sample: AttackedSample, removal: Removal) -> float:
+        if self.objective == "fraction":
+            return sample.size(removal)
+        names = self.modalities or list(sample.modalities)
+        removed = removed_elements(removal, sample.layouts)
+        totals = {name: sample.layouts[name].count for name in names}
+        if self.objective == "normalised":
+            return 100 * sum(removed.get(name, 0).bit_count() / totals[name] for name in names) / len(names)
+        share = sum(bits.bit_count() for bits in removed.values()) / sum(totals.values())
+        return len(removal.regions) + share / 10  # between equal numbers of parts the smaller fraction wins
 
     def universe(self, sample: AttackedSample, names: Sequence[str]) -> Universe:
         """The sample's universe; samples of equal layout under one threat model share one."""

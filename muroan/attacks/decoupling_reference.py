@@ -61,7 +61,8 @@ class DecouplingReference(Attack):
 
     def salient(self, sample: AttackedSample, regions: list[Region]) -> Generator[Ask, list[Response], list[Region]]:
         """Those of the regions that move the argmax of the fusion embedding when occluded alone."""
-        responses = yield Ask([Removal.of(region) for region in regions], phase="salient")
+        # Labels are not looked at before the last phase.
+        responses = yield Ask([Removal.of(region) for region in regions], phase="salient", admissible=False)
         argmax = sample.clean.embedding_argmax
         return [region for region, r in zip(regions, responses, strict=True) if r.embedding_argmax != argmax]
 
