@@ -182,7 +182,7 @@ class AttackCallback(RecordingCallback):
         keep_media: int = 48,
         progress: bool = True,
     ):
-        told = {"guided": attack.guided, "control": attack.control}
+        told = {"guided": attack.guided, "control": attack.control, "goal": attack.goal}
         super().__init__(attack.name, RunFolder, folder, {**run, **told}, progress)
         self.attack, self.threat_model = attack, threat_model
         self.batch_size, self.seed, self.keep_media = batch_size, seed, keep_media

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -82,6 +83,30 @@ class Run:
         """Whether the attack goes by the model's answers, so that it should beat a control; see `Attack.guided`."""
         unguided = self.is_control or self.kind == "corruption" or self.attack in UNGUIDED
         return bool(self.about.get("guided", not unguided))
+
+    @property
+    def goal(self) -> str:
+        """What the attack brings samples to, where it is not simply another label; see `Attack.goal`."""
+        told = self.about.get("goal")
+        if told is None:  # runs of earlier versions do not say
+            goals = {"_targeted": "another class", "_embedding": "another fusion embedding"}
+            ours = self.attack.startswith("decoupling")
+            told = next((goal for part, goal in goals.items() if ours and part in self.attack), "")
+            options = self.identity.get("attack")
+            if not told and isinstance(options, dict) and options.get("valid_only"):
+                told = "another label with the old label still right"
+        return str(told)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that decides what the records say; empty where another program wrote the run."""
+        identity = self.about.get("identity")
+        return identity if isinstance(identity, dict) else {}
+
+    @property
+    def rules(self) -> str:
+        """What two attacks must have in common to be held against each other: what they may do, and what for."""
+        return json.dumps([self.identity.get("threat_model"), self.goal], sort_keys=True)
 
     @property
     def judged(self) -> bool:

@@ -105,7 +105,7 @@ class TestFigures:
         # 1 % of the input scores 90, 2 % 80, 5 % 50 and 10 % or more nothing.
         assert guided.value("curve_area") == pytest.approx((90 + 80 + 50 + 0 + 90 + 90) / 8)
         assert control.value("curve_area") == pytest.approx((50 + 0 + 90) / 8)
-        assert target.best is guided
+        assert target.best(guided.rules) is guided
         assert control.is_control
 
     def test_success_within_budgets_by_hand(self, tmp_path):
@@ -201,7 +201,7 @@ class TestSeeds:
         (target,) = comparison.targets
         found = {row.name: (row.seeds, row.samples, row.value("attack_success_rate")) for row in target.rows}
         assert found == {"guided": ("1 of 3", 2, 50.0), "other": ("1", 2, 100.0), "random_removal": ("1 of 2", 2, 50.0)}
-        assert target.best.name == "other"  # an area of 50 against 90 / 2
+        assert target.best(target.rows[0].rules).name == "other"  # an area of 50 against 90 / 2
         assert comparison.notes == [
             "d · m: rows and curves are over seed 1, shared by all attacks: guided without seeds 0, 2; random_removal "
             "without seed 2. Paired tests take all seeds that the two share."
@@ -273,7 +273,7 @@ class TestSeeds:
         write_run(tmp_path / "a", "decoupling_embedding", [1] * 8, adversarial_label=0)
         write_run(tmp_path / "b", "guided", GUIDED)
         (target,) = compared(tmp_path).targets
-        assert target.best.attack == "guided"
+        assert target.best(target.rows[0].rules).attack == "guided"
 
     def test_other_settings_are_another_attack(self, tmp_path):
         write_run(tmp_path / "a", "guided", GUIDED, setting=1)
@@ -437,6 +437,36 @@ class TestWarning:
         ]
         (found,) = compare_runs(find_runs([tmp_path]))
         assert (found.guided.attack, found.control.attack) == ("random_restart", "shuffled")
+
+    def test_other_rules_are_another_contest(self, tmp_path):
+        """Each replacement has its own control and best attack; what has no other of its rules is said to."""
+
+        def told(name: str, attack: str, outcomes: list[int | None], **about: Any) -> None:
+            file = write_run(tmp_path / name, attack, outcomes) / "run.json"
+            run = json.loads(file.read_text())
+            threat_model = {"replacement": about.pop("replacement", "zero"), "max_queries": about.pop("budget", 500)}
+            run["identity"]["threat_model"] = threat_model
+            file.write_text(json.dumps({**run, **about}))
+
+        told("a", "guided", NOTHING, replacement="mean")
+        told("b", "random_removal", NOTHING, replacement="mean")
+        told("c", "guided", CLEAR)
+        told("d", "random_removal", CLEAR)
+        told("e", "decoupling_targeted", NOTHING)
+        told("f", "decoupling_embedding", NOTHING, goal="another fusion embedding")
+        told("g", "guided", NOTHING, budget=5)
+        comparison = compared(tmp_path)
+        pairs = [(p.attack.runs[0].folder, p.reference.runs[0].folder) for p in comparison.pairs]
+        assert pairs == [("a", "b"), ("c", "d")]
+        (note,) = [note for note in comparison.notes if "the threat model and the goal of" in note]
+        assert note.count("decoupling_targeted, decoupling_embedding") + note.count("decoupling_embedding, decoupling_") == 1
+        assert "threat_model.max_queries=5)" in note
+        found = compare_runs(find_runs([tmp_path]))
+        assert [(c.guided.folder, c.control.folder) for c in found] == [("a", "b"), ("c", "d")]
+        assert [run.goal for run in find_runs([tmp_path]) if run.folder in "ef"] == [
+            "another fusion embedding",
+            "another class",
+        ]
 
     def test_certificates_below_are_passed_over(self, tmp_path):
         write_run(tmp_path / "attack/a", "guided", GUIDED)

@@ -742,6 +742,18 @@ def test_what_flips_no_label_is_not_transferred(tmp_path: Path) -> None:
     assert (record.status, record.queries) == ("held", 0)
 
 
+def test_removals_are_not_asked_of_inputs_of_another_size(tmp_path: Path) -> None:
+    small, large = (flips_when(lambda p: p.gone(block(8, 1, 1)), image=(side, side)) for side in (32, 64))
+    records = evaluate(small, [small.sample()], RandomRemoval(60), threat_model=threat())
+    assert records[0].flipped
+    (tmp_path / "records.jsonl").write_text("".join(r.to_json() + "\n" for r in records))
+    with pytest.raises(MuroanError, match=r"of 1024 elements of image from sample 's0', which this model takes as \(64"):
+        evaluate(large, [large.sample()], Transferred(str(tmp_path)), threat_model=threat())
+    (tmp_path / "records.jsonl").write_text(records[0].to_json()[:-9] + "\n")
+    with pytest.raises(MuroanError, match=r"records\.jsonl has a line that is no record"):
+        Transferred(str(tmp_path))
+
+
 def test_bad_runs_to_transfer_from_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MuroanError, match=r"attack\.run must name the folder"):
         Transferred()

@@ -18,7 +18,7 @@ from muroan.metrics import summarise
 from muroan.modalities import Audio, Image, Region, Removal, Text, WordTokenizer, removed_elements
 from muroan.report import build, plots
 from muroan.report.examples import choose, draw, draw_all
-from muroan.report.html import _strongest
+from muroan.report.html import _strongest, finding
 from muroan.report.runs import compare
 from muroan.report.tables import figure
 from muroan.report.tracked import _cells
@@ -415,6 +415,13 @@ class TestRuns:
         write_run(tmp_path / "e", "decoupling_embedding", "m", "d", turned)
         write_run(tmp_path / "g", "guided", "m", "d", attack_records("guided", pictured(0, 20), 1, success=0.5))
         assert _strongest(find_runs([tmp_path])).attack == "guided"
+
+    def test_another_goal_is_said(self, tmp_path, no_curves):
+        write_run(tmp_path / "e", "decoupling_embedding", "m", "d", attack_records("e", pictured(0, 20), 1, success=1.0))
+        write_run(tmp_path / "t", "decoupling_targeted", "m", "d", attack_records("t", pictured(0, 20), 1, success=0.0))
+        said = finding(find_runs([tmp_path]))
+        assert "decoupling_embedding brings 100.0 % of the samples that m gets right on d to another fusion embedding" in said
+        assert "decoupling_targeted brings 0.0 % to another class" in said
 
     def test_smaller_removals_are_better_too(self, tmp_path, no_curves):
         """Where all samples are flipped by both, the sizes decide; what chooses values is not held against removals."""

@@ -237,6 +237,8 @@ class Attack(ABC):
         needs_donors: whether it takes parts from other samples; see `Target.donors`.
         guided: whether the model's answers decide what it tries next, so that reports expect it to beat random removal.
         control: whether it is random removal: what a guided attack has to beat.
+        goal: what a sample is brought to, where it is not simply another label: reports hold an attack against those of
+            the same goal alone.
     """
 
     name = ""
@@ -244,6 +246,7 @@ class Attack(ABC):
     needs_donors = False
     guided = True
     control = False
+    goal = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

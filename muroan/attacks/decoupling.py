@@ -110,6 +110,12 @@ class Decoupling(Attack):
         self.modalities = None if modalities is None else list(modalities)
         self.target, self.embedding = target, embedding
         self._universes: dict[object, Universe] = {}
+        if target is not None:
+            self.goal = f"class {target}"
+        elif embedding is not None:
+            self.goal = "another fusion embedding"
+        if valid_only:
+            self.goal = f"{self.goal or 'another label'} with the old label still right"
         # A record must not look as if it came from the untargeted, joint attack.
         goal = ["targeted"] if target is not None else ["embedding"] if embedding is not None else []
         self.name = "_".join(["decoupling", *(self.modalities or []), *goal, *(["first"] if first else [])])

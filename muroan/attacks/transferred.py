@@ -18,7 +18,8 @@ class Transferred(Attack):
         run: the run's folder.
 
     Raises:
-        MuroanError: no folder was named, it has no finished removal attack, or none of its records is of a sample here.
+        MuroanError: no folder was named, it has no finished removal attack, none of its records is of a sample here, or
+            the other model took the sample in another size (`muroan transfer` scales).
     """
 
     guided = False
@@ -31,7 +32,10 @@ class Transferred(Attack):
         file = Path(run) / "records.jsonl"
         if not file.is_file():
             raise MuroanError(f"attack.run={run}: there is no records.jsonl, as a finished run of `muroan attack` has")
-        records = [json.loads(line) for line in file.read_text().splitlines()]
+        try:
+            records = [json.loads(line) for line in file.read_text().splitlines()]
+        except ValueError as error:
+            raise MuroanError(f"{file} has a line that is no record ({error}): attack that model again") from None
         if any(record.get("kind", "removal") != "removal" for record in records):
             raise MuroanError(f"attack.run={run} is no removal attack: what it did to its samples is not on record")
         self.known = {record["id"] for record in records}
@@ -40,6 +44,7 @@ class Transferred(Attack):
             for record in records
             if record["status"] == "flipped" and record["adversarial_label"] != record["label"]
         }
+        self.totals = {record["id"]: record["total"] for record in records}
 
     def search(self, sample: AttackedSample) -> Search:
         if sample.id not in self.known:
@@ -47,5 +52,16 @@ class Transferred(Attack):
         removal = self.removals.get(sample.id)
         if removal is None:
             return None
+        for region in removal.regions:
+            layout, total = sample.layouts.get(region.modality), self.totals[sample.id][region.modality]
+            grid = None if layout is None else layout.grid
+            # The words of a text are the same ones, however many of them a model takes.
+            same = layout is not None and (bool(layout.words) or layout.count == total)
+            if grid is None or not same or any(b > side for b, side in zip(region.stop, grid, strict=True)):
+                raise MuroanError(
+                    f"attack.run removed {region.start} to {region.stop} of {total} elements of {region.modality} from "
+                    f"sample {sample.id!r}, which this model takes as {grid}: choose a run on inputs of the same size, "
+                    f"or let `muroan transfer` scale the regions"
+                )
         yield [removal]
         return removal

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -73,6 +74,10 @@ class Row:
         return self.runs[0].is_guided
 
     @property
+    def rules(self) -> str:
+        return self.runs[0].rules
+
+    @property
     def label(self) -> str:
         """The name, with what kind of attack it is unless it removes."""
         return f"{self.name} ({KINDS[self.kind]})" if KINDS[self.kind] else self.name
@@ -124,11 +129,10 @@ class Target:
     name: str
     rows: list[Row]
 
-    @property
-    def best(self) -> Row | None:
-        """The removal attack with the largest curve area."""
+    def best(self, rules: str) -> Row | None:
+        """The removal attack with the largest curve area, of those under the same rules."""
         rows = (row for row in self.rows if row.kind == "removal" and row.value("curve_area") is not None)
-        removals = [row for row in rows if all(run.mislabels for run in row.runs)]
+        removals = [row for row in rows if row.rules == rules and all(run.mislabels for run in row.runs)]
         return max(removals, key=lambda row: row.value("curve_area") or 0.0, default=None)
 
 
@@ -164,7 +168,8 @@ class Comparison:
     """All that is written.
 
     Attributes:
-        pairs: on each target, every attack against the random controls and against the best removal attack.
+        pairs: on each target, every attack against the random controls and against the best removal attack under the
+            same threat model and with the same goal.
         warnings: guided attacks that a random control keeps up with.
         notes: what was left out or not pooled.
     """
@@ -229,6 +234,11 @@ def compare(runs: Sequence[Run], pool_seeds: bool = True) -> Comparison:
     for target in targets:
         if len(target.rows) == 1:
             notes.append(f"{target.name}: {target.rows[0].name} is the only attack, so there is no paired test.")
+        often = Counter(row.rules for row in target.rows)
+        if len(often) > 1 and (alone := [row.name for row in target.rows if often[row.rules] == 1]):
+            notes.append(
+                f"{target.name}: no other attack has the threat model and the goal of {', '.join(alone)}: no paired test."
+            )
         for attack, reference in _matches(target):
             pair = _pair(target, attack, reference)
             if pair is None:
@@ -365,12 +375,16 @@ def _named(group: Sequence[Row]) -> list[Row]:
 
 
 def _matches(target: Target) -> list[tuple[Row, Row]]:
-    """(attack, reference): every attack against the random controls, then every one against the best removal."""
+    """(attack, reference): every attack against the random controls, then every one against the best removal.
+
+    Both under the same rules: a budget, a replacement or a goal of its own makes another contest.
+    """
     guided = [row for row in target.rows if not row.is_control]
-    found = [(row, control) for control in target.rows if control.is_control for row in guided]
-    best = target.best
-    if best is not None and not best.is_control:
-        found += [(row, best) for row in guided if row is not best]
+    found = [(row, c) for c in target.rows if c.is_control for row in guided if row.rules == c.rules]
+    for rules in dict.fromkeys(row.rules for row in guided):
+        best = target.best(rules)
+        if best is not None and not best.is_control:
+            found += [(row, best) for row in guided if row is not best and row.rules == rules]
     return found
 
 

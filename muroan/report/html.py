@@ -135,7 +135,7 @@ def _strongest(group: Sequence[Run]) -> Run:
 
     def rank(run: Run) -> tuple[bool, bool, bool, float]:
         guided = run.is_guided and run.kind == "removal"
-        return run.mislabels, guided, not run.is_control, run.value("attack_success_rate") or 0.0
+        return not run.goal, guided, not run.is_control, run.value("attack_success_rate") or 0.0
 
     return max(group, key=rank)
 
@@ -148,6 +148,11 @@ def _doing(run: Run) -> str:
     return "removing" if run.kind == "removal" else "changing"
 
 
+def _reaches(run: Run, samples: str) -> str:
+    """What an attack does to some samples: flips them, unless it is after something else."""
+    return f"brings {samples} to {run.goal}" if run.goal else f"flips {samples}"
+
+
 def finding(group: Sequence[Run]) -> str:
     """One plain sentence about the attacks on one target, the strongest first."""
     lead = _strongest(group)
@@ -155,17 +160,19 @@ def finding(group: Sequence[Run]) -> str:
     if rate is None:
         return f"{lead.model} got no sample of {lead.dataset} right, so there was nothing to attack."
     if not lead.statuses["flipped"]:
-        said = f"{lead.attack} flips none of the samples that {lead.model} gets right on {lead.dataset}"
+        none = _reaches(lead, f"none of the samples that {lead.model} gets right on {lead.dataset}")
+        said = f"{lead.attack} {none}"
     else:
         by = f" by {_doing(lead)} {figure(size, 'fraction')} % of the input (median)" if size else ""
-        whose = f"the samples that {lead.model} gets right on {lead.dataset}"
-        said = f"{lead.attack} flips {figure(rate, 'rate')} % of {whose}{by}"
+        whose = f"{figure(rate, 'rate')} % of the samples that {lead.model} gets right on {lead.dataset}"
+        said = f"{lead.attack} {_reaches(lead, whose)}{by}"
     others = []
     for run in group:
         rate, size = run.value("attack_success_rate"), run.value("decoupled_fraction_median")
         if run is not lead and rate is not None:
             by = f" by {_doing(run)} {figure(size, 'fraction')} %" if size else ""
-            others.append(f"{run.attack} flips {figure(rate, 'rate')} %{by}")
+            share = f"{figure(rate, 'rate')} %"
+            others.append(f"{run.attack} {_reaches(run, share)}{by}")
     return f"{'; '.join([said, *others])}."
 
 
@@ -188,7 +195,7 @@ def warnings(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> list[str
             said.append(f"{c.guided.label} and {c.control.label} attacked no sample in common: no comparison.")
         elif c.guided.kind == "removal" and not c.better:  # what else it may do is not comparable in size
             said.append(
-                f"{c.guided.label} is no better than the random control {c.control.attack}: the difference of their "
+                f"{c.guided.label} is no better than the random control {c.control.label}: the difference of their "
                 f"curve areas is {figure(c.area['value'], 'rate')} percentage points, 95 % interval "
                 f"[{interval(c.area, 'rate')}], over {whole(c.n)} samples that both attacked."
             )

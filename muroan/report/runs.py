@@ -85,12 +85,13 @@ def area_differences(pairs: Sequence[tuple[AttackResult, AttackResult]]) -> np.n
 def compare(runs: Sequence[Run]) -> list[Comparison]:
     """Every guided attack against every random control on the same target, paired by sample id.
 
-    Corruptions, and attacks that try what they try whatever the model says, are left out.
+    Corruptions, attacks that try what they try whatever the model says, and controls that may do something else or are
+    after something else are left out.
     """
     found = []
     for group in by_target(runs):
         for control in (run for run in group if run.is_control):
-            for guided in (run for run in group if run.is_guided):
+            for guided in (run for run in group if run.is_guided and run.rules == control.rules):
                 pairs = shared(guided, control)
                 success, area = bootstrap(success_differences(pairs)), bootstrap(area_differences(pairs))
                 found.append(Comparison(guided, control, len(pairs), success, area))

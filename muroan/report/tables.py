@@ -82,7 +82,7 @@ DEFINITIONS = {
 }
 
 STATUSES = {
-    "flipped": "the prediction changed",
+    "flipped": "the prediction changed, or whatever else the attack is after was reached",
     "held": "the attack found nothing and gave up",
     "budget_exhausted": "the attack ran out of queries",
     "skipped": "the model was wrong before the attack, or the sample is of the class that the attack is after",
