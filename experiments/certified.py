@@ -55,7 +55,7 @@ HEADS += ["left (%)", "broken"]
 
 def certify(sweep: Sweep, dataset: str, cell: Cell, options: Sequence[str]) -> Path | None:
     """The folder of a model's certificates, held against the attack; None where there is none."""
-    words = [*TRAINED[dataset], *options, "defense=mmcert", f"model={cell.model}"]
+    words = [f"sweep={Path(__file__).stem}", *TRAINED[dataset], *options, "defense=mmcert", f"model={cell.model}"]
     words += [f"dataset.test_limit={sweep.samples}", f"certification.attacked=[{cell.folder}]"]
     ((place,),) = planned("certify", [words], [cell.seed])
     if not sweep.tabulate:

@@ -25,7 +25,7 @@ from muroan.data.samples import Batch, Sample
 from muroan.defenses.certificate import alone, along_diagonal, bounds, is_certified
 from muroan.defenses.mmcert import Ablation
 from muroan.engine import AUTOCAST
-from muroan.errors import MuroanError
+from muroan.errors import MuroanError, check_number, check_whole
 from muroan.models.base import MultimodalModel, model_dtype
 from muroan.results import AttackResult, RecordFolder
 
@@ -142,11 +142,12 @@ class Certifier:
     precision: str = "32"
 
     def __post_init__(self) -> None:
-        for option in ("samples", "selection", "batch_size"):
-            if getattr(self, option) < 1:
-                raise MuroanError(f"certification.{option} must be at least 1, got {getattr(self, option)}")
-        if not 0 < self.alpha < 1:
-            raise MuroanError(f"certification.alpha must lie between 0 and 1, got {self.alpha}")
+        check_whole("certification", samples=self.samples, selection=self.selection, batch_size=self.batch_size)
+        check_number("certification", 0, 1, above=True, alpha=self.alpha)
+        if self.alpha == 1:
+            raise MuroanError("certification.alpha must lie between 0 and 1, got 1")
+        if isinstance(self.deleted, str):
+            object.__setattr__(self, "deleted", (self.deleted,))
         for name in self.deleted:
             if name not in self.ablation.texts:
                 raise MuroanError(
@@ -287,7 +288,7 @@ def flip_share(certificate: Certificate, record: AttackResult) -> float:
     All of them where that is not known. Of chosen values no more than all elements are ever altered, be they larger
     than the pixels, or samples of sound, that the record counts.
     """
-    if not record.flipped:
+    if not record.mislabelled:
         return float("inf")
     altered = certificate.altered(record)
     if altered is None:

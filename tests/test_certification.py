@@ -101,6 +101,8 @@ class TestPromise:
             attacked(9),  # has no certificate
         ]
         assert robust_accuracy(found, records, [0, 0.019, 0.02, 0.19, 0.2, 1]).tolist() == [75, 75, 50, 50, 25, 25]
+        turned = [replace(records[0], adversarial_label=records[0].label), *records[1:4]]
+        assert robust_accuracy(found, turned, [1]).tolist() == [50], "another goal than another label was reached"
         with pytest.raises(MuroanError, match="none of the 1 attacked samples has a certificate"):
             robust_accuracy(found, records[4:], [0])
 
@@ -196,7 +198,10 @@ class TestCertifier:
     @pytest.mark.parametrize(
         ("option", "said"),
         [
-            ({"samples": 0}, "certification.samples must be at least 1"),
+            ({"samples": 0}, "certification.samples must be a whole number, at least 1, got 0"),
+            ({"samples": 100.0}, "certification.samples must be a whole number, at least 1, got 100.0"),
+            ({"alpha": None}, "certification.alpha must be a number above 0 and at most 1, got None"),
+            ({"deleted": "audio"}, r"deleted names 'audio': only of texts"),
             ({"alpha": 1.0}, "certification.alpha must lie between 0 and 1"),
             ({"deleted": ["audio"]}, r"deleted names 'audio': only of texts .* here of \['text'\]"),
         ],

@@ -104,7 +104,7 @@ def test_a_checkpoint_of_another_model_is_refused(trained: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("option", "expected"),
     [
-        ("attack.draws=0", "attack.draws and attack.max_parts must be at least 1, got 0 and 3"),
+        ("attack.draws=0", "attack.draws must be a whole number, at least 1, got 0"),
         ("dataset.test_limit=0", "dataset.test_limit must be a positive whole number, got 0"),
         ("threat_model.max_queries=-1", "threat_model.max_queries must be a whole number, at least 1, or null, got -1"),
         (

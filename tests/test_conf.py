@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytorch_lightning as pl
@@ -11,6 +13,7 @@ import torch
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from toys import flips_when, word
@@ -97,6 +100,33 @@ def test_a_class_is_known_by_its_name() -> None:
     assert attacking.class_index("red", ["blue", "red"]) == 1
     with pytest.raises(MuroanError, match=r"attack\.target=green: the dataset has no such class; it has blue, red"):
         attacking.class_index("green", ["blue", "red"])
+    assert attacking.class_index(1, ["blue", "red"]) == 1
+    # As of labels: a numeral is a name where classes are numerals, and never the place of another.
+    assert attacking.class_index(1, ["1", "2", "3"]) == 0
+    with pytest.raises(MuroanError, match=r"attack\.target=0: the dataset has no such class; it has 1, 2, 3"):
+        attacking.class_index(0, ["1", "2", "3"])
+
+
+@pytest.mark.parametrize("group", ["attack", "defense"])
+def test_counts_are_whole_numbers(group: str, tmp_path: Path) -> None:
+    """A command line makes 1e3 a float: each option that counts something says that it takes none."""
+    model = flips_when(lambda present: present.gone(word(0)))
+
+    def make(config: Mapping[str, Any]) -> Any:
+        made = instantiate(config)
+        return made(model=model) if group == "defense" else made
+
+    counted = 0
+    for name in (name for own, name in CHOICES if own == group and name not in ("none", "transferred")):
+        config = job(f"{group}={name}", command="attack" if group == "attack" else "harden")[group]
+        for option, value in config.items():
+            if not isinstance(value, int) or isinstance(value, bool):
+                continue
+            for wrong in (float(value), value + 0.5, "many"):
+                with pytest.raises((MuroanError, InstantiationException), match=f"{group}.{option} must be a whole"):
+                    make({**config, option: wrong})
+            counted += 1
+    assert counted > (15 if group == "attack" else 3)
 
 
 @pytest.mark.parametrize("name", [name for group, name in CHOICES if group == "tracker"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from PIL import Image
 from test_compare import record, rows_of
 
 from muroan.errors import MuroanError
+from muroan.modalities import stable_seed
 from muroan.report import build
 from muroan.report.defenses import Grid, grids, latex, markdown, overview, write
 from muroan.results import RunFolder
@@ -34,11 +37,14 @@ def run(
     replacement: str = "zero",
     epochs: int = 3,
     model: str = "m",
+    hardening: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
     **more: Any,
 ) -> None:
     """An attack on a model under a defence; outcomes as in test_compare: removed percent, 0 held, None wrong before."""
-    folder = RunFolder(path / f"{defense}-{attack}-{budget}-{seed}-{lr}-{epochs}-{model}")
-    weights = f"{defense}{seed}{lr}{epochs}"
+    settings = json.dumps([hardening, options])
+    folder = RunFolder(path / f"{defense}-{attack}-{budget}-{seed}-{lr}-{epochs}-{model}-{stable_seed(settings)}")
+    weights = f"{defense}{seed}{lr}{epochs}{settings}"
     threat_model = {"max_queries": budget, "replacement": replacement}
     training = {"control": control, "cost": COST} if defense else None
     folder.start(
@@ -59,8 +65,8 @@ def run(
             "seed": seed,
             "checkpoint": {"path": "x", "sha256": weights},
             "config": {
-                "defense": {"lr": lr} if defense else None,
-                "hardening": {"epochs": 1} if defense else None,
+                "defense": {"lr": lr, **(options or {})} if defense else None,
+                "hardening": {"epochs": 1, **(hardening or {})} if defense else None,
                 "training": {"epochs": epochs},
             },
         }
@@ -342,6 +348,35 @@ def test_budgets_and_settings_tell_attacks_and_defences_apart(tmp_path: Path) ->
     assert found.attacks == ["decoupling (500 queries)", "decoupling (5\u202f000 queries)"]
     robust = found.worst(found.defenses[0])["robust_accuracy"]["value"]
     assert robust == 50.0, "value-choosing attacks are no part of the worst case"
+
+
+def test_variants_have_names_of_their_own(tmp_path: Path) -> None:
+    """However many settings it takes; so that each has its own verdict."""
+    run(tmp_path, "decoupling", [1] * 30, "plain_training", control=True)
+    same = {"a": 1, "b": 1, "c": 1}
+    for last, outcome in ((1, 0), (2, 1)):
+        run(tmp_path, "decoupling", [outcome] * 30, "hard", options={**same, "d": last})
+    run(tmp_path, "decoupling", [1] * 30, "hard", options={"a": 2, "b": 2, "c": 2, "d": 1})
+    found = grid(tmp_path)
+    assert len({d.name for d in found.defenses}) == 4
+    assert {v.defense.name: v.word for v in found.verdicts} == {
+        "hard (a=1, b=1, c=1, d=1)": "helped",
+        "hard (a=1, b=1, c=1, d=2)": "did not help",
+        "hard (a=2, b=2, c=2, d=1)": "did not help",
+    }
+
+
+def test_a_control_that_was_trained_for_less_is_none(tmp_path: Path) -> None:
+    run(tmp_path, "decoupling", [1] * 30, "plain_training", control=True)
+    run(tmp_path, "decoupling", [0] * 30, "hard", hardening={"epochs": 5})
+    (verdict,) = grid(tmp_path).verdicts
+    assert verdict.word == ""
+    assert "no control to compare with (trained longer or otherwise: plain_training), so that" in verdict.line
+    run(tmp_path, "decoupling", [1] * 30, "modality_dropout", control=True, hardening={"epochs": 5, "samples": 9})
+    (verdict,) = grid(tmp_path).verdicts
+    assert verdict.word == "helped"
+    assert verdict.control is not None
+    assert verdict.control.name == "modality_dropout"
 
 
 def test_what_cannot_be_told_apart_is_refused(tmp_path: Path) -> None:

@@ -747,7 +747,7 @@ def test_removals_are_not_asked_of_inputs_of_another_size(tmp_path: Path) -> Non
     records = evaluate(small, [small.sample()], RandomRemoval(60), threat_model=threat())
     assert records[0].flipped
     (tmp_path / "records.jsonl").write_text("".join(r.to_json() + "\n" for r in records))
-    with pytest.raises(MuroanError, match=r"of 1024 elements of image from sample 's0', which this model takes as \(64"):
+    with pytest.raises(MuroanError, match=r"of 1024 elements of image from sample 's0', which .* takes as \(64"):
         evaluate(large, [large.sample()], Transferred(str(tmp_path)), threat_model=threat())
     (tmp_path / "records.jsonl").write_text(records[0].to_json()[:-9] + "\n")
     with pytest.raises(MuroanError, match=r"records\.jsonl has a line that is no record"):
@@ -774,20 +774,56 @@ def test_bad_runs_to_transfer_from_are_refused(tmp_path: Path) -> None:
         Transferred(str(tmp_path))
 
 
+def test_a_warm_up_of_a_single_step_is_one() -> None:
+    """6 steps, of which a sixth: the schedule that this is made of divides by 0 there."""
+    seen: list[float] = []
+
+    class Rates(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, *rest: Any) -> None:
+            seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    fitted(PlainTraining(model(), lr=0.1, warmup=1 / 6), callbacks=[Rates()])
+    assert seen[0] == pytest.approx(0.1 / 25)
+    assert 0.09 < seen[1] < 0.1
+    assert sorted(seen[1:], reverse=True) == seen[1:]
+
+
+def test_costs_are_summed_up_where_the_processes_talk() -> None:
+    """After training the module is on the CPU again, of which NCCL sums nothing."""
+    module = PlainTraining(model())
+    trainer = fitted(module)
+
+    class Strategy:
+        root_device = torch.device("meta")
+
+        def reduce(self, x: torch.Tensor, reduce_op: str) -> torch.Tensor:
+            assert x.device == self.root_device
+            return torch.tensor([96, 0, 0])
+
+    trainer._accelerator_connector.strategy = Strategy()  # type: ignore[assignment]
+    assert module.total_cost().rows == 96
+
+
 # -- refusals -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ModalityDropout(model(), ratio=1.5), "defense.ratio is the share .* got 1.5"),
+        (
+            lambda: ModalityDropout(model(), ratio=1.5),
+            "defense.ratio must be a number at least 0 and at most 1, got 1.5",
+        ),
         (lambda: AdversarialTraining(model(), mode="later"), "defense.mode must be online or offline, got 'later'"),  # type: ignore[arg-type]
-        (lambda: AdversarialTraining(model(), samples=0), "defense.samples must be at least 1"),
-        (lambda: NoiseAugmentation(model(), words=2), "defense.words 0 to 1"),
-        (lambda: RandomRemovalAugmentation(model(), max_parts=0), "defense.max_parts must be at least 1, got 0"),
-        (lambda: EmbeddingAdversarialTraining(model(), epsilon=0), "defense.epsilon and defense.step must be above 0"),
+        (lambda: AdversarialTraining(model(), samples=0), "defense.samples must be a whole number, at least 1, got 0"),
+        (lambda: NoiseAugmentation(model(), words=2), "defense.words must be a number at least 0 and at most 1, got 2"),
+        (
+            lambda: RandomRemovalAugmentation(model(), max_parts=0),
+            "defense.max_parts must be a whole number, at least 1, got 0",
+        ),
+        (lambda: EmbeddingAdversarialTraining(model(), epsilon=0), "defense.epsilon must be a number above 0, got 0"),
         (lambda: EmbeddingAdversarialTraining(model(), modalities=["audio"]), "must name some of .* got .'audio'"),
-        (lambda: DecouplingFast(rounds=0), "attack.rounds and attack.width must be at least 1"),
+        (lambda: DecouplingFast(rounds=0), "attack.rounds must be a whole number, at least 1, got 0"),
     ],
 )
 def test_bad_options_are_refused(make: Any, message: str) -> None:

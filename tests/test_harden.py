@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import SMALL, environment, muroan
@@ -16,6 +17,7 @@ from test_cli import wait_for_lines
 from test_compare import rows_of
 
 from muroan import cli
+from muroan.cli.parts import other_hardening
 from muroan.cli.training import already_trained
 from muroan.results import read_records
 
@@ -105,7 +107,13 @@ def test_a_finished_one_is_not_hardened_again(hardened: Path, place: tuple[Path,
     ("command", "words", "message"),
     [
         ("harden", (), "harden needs a defence, such as defense=adversarial_training: adversarial_training, "),
-        ("harden", ("defense=modality_dropout", "defense.ratio=2"), "defense.ratio is the share of a batch"),
+        (
+            "harden",
+            ("defense=modality_dropout", "defense.ratio=2"),
+            "defense.ratio must be a number at least 0 and at most 1, got 2",
+        ),
+        ("harden", ("defense=modality_dropout", "defense.ratio=null"), "defense.ratio must be a number .*, got None"),
+        ("harden", ("defense=plain_training", "+defense.shares=2"), "plain_training cannot be made: .*'shares'"),
         ("harden", ("defense=plain_training", "hardening.start=else"), "hardening.start must be trained, scratch or a"),
         (
             "harden",
@@ -135,7 +143,11 @@ def test_a_finished_one_is_not_hardened_again(hardened: Path, place: tuple[Path,
         ("harden", ("defense=plain_training", "hardening.lr=-1"), "hardening.lr must be above 0, got -1"),
         ("train", ("training.lr=abc",), "training.lr must be a number, got 'abc'"),
         ("train", ("training.epochs=ten",), "training.epochs must be a whole number, at least 1, got 'ten'"),
-        ("harden", ("defense=modality_dropout", "defense.ratio=x"), "defense.ratio is the share of a batch"),
+        (
+            "harden",
+            ("defense=modality_dropout", "defense.ratio=x"),
+            "defense.ratio must be a number at least 0 and at most 1, got 'x'",
+        ),
         ("certify", ("defense=mmcert", "defense.keep.image=ten"), "defense.keep.image must be a share above 0"),
         ("harden", ("defense=plain_training", "device.precision=16-true"), "device.precision=16-true is too narrow"),
         ("train", ("device.precision=16-true",), "device.precision=16-true is too narrow to train in"),
@@ -148,7 +160,7 @@ def test_refusals_are_one_line(
 ) -> None:
     """In this process: what `main` exits with is the line that the shell shows."""
     monkeypatch.chdir(tmp_path)
-    if command == "certify" or any(word.startswith("defense.ratio") for word in words):
+    if command == "certify" or any("defense." in word for word in words):
         words = (*words, f"folders.train={trained}")
     monkeypatch.setattr(sys, "argv", ["muroan", command, *HARDEN, "tracker=none", *words])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "")
@@ -195,6 +207,29 @@ def test_a_checkpoint_of_another_training_is_not_taken_for_a_hardened_one(
     monkeypatch.setenv("HYDRA_FULL_ERROR", "")
     with pytest.raises(SystemExit, match="is of a model that no defense=plain_training has hardened"):
         cli.main()
+
+
+def test_a_checkpoint_of_another_variant_of_a_defense_is_not_taken_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several defences are of one class, and how long it trained counts, too."""
+    config = OmegaConf.create(
+        {"defense": {"_target_": "A", "ratio": 1.0, "folder": "x"}, "hardening": {"epochs": 2}, "checkpoint": None}
+    )
+    checkpoint = tmp_path / "best.ckpt"
+    told = {"defense": {"_target_": "A", "ratio": 1.0}, "hardening": {"epochs": 2}, "seed": 7}
+
+    monkeypatch.setattr("muroan.cli.parts.identity", lambda config, command: told)
+
+    def differing(**other: Any) -> str:
+        (tmp_path / "summary.json").write_text(json.dumps({"identity": {**told, **other}}))
+        return other_hardening(checkpoint, config)
+
+    assert differing() == differing(seed=8) == ""
+    assert differing(defense={"_target_": "A", "ratio": 0.5}) == "defense.ratio: 0.5 there, 1.0 asked for"
+    assert differing(hardening={"epochs": 3}) == "hardening.epochs: 3 there, 2 asked for"
+    (tmp_path / "summary.json").unlink()
+    assert other_hardening(checkpoint, config) == "", "a file from elsewhere tells nothing"
 
 
 @pytest.mark.slow

@@ -241,7 +241,7 @@ class TestSmoothedModel:
         assert {r.status for r in results[64] if r.label == 1} == {"skipped"}
 
     def test_refused(self):
-        with pytest.raises(MuroanError, match="votes=0"):
+        with pytest.raises(MuroanError, match=r"certification\.votes must be a whole number, at least 1, got 0"):
             SmoothedModel(half_a_square(), {"audio": 1, "text": 1}, votes=0)
 
 

@@ -417,10 +417,10 @@ class TestRuns:
         assert _strongest(find_runs([tmp_path])).attack == "guided"
 
     def test_another_goal_is_said(self, tmp_path, no_curves):
-        write_run(tmp_path / "e", "decoupling_embedding", "m", "d", attack_records("e", pictured(0, 20), 1, success=1.0))
-        write_run(tmp_path / "t", "decoupling_targeted", "m", "d", attack_records("t", pictured(0, 20), 1, success=0.0))
+        for name, success in (("decoupling_embedding", 1.0), ("decoupling_targeted", 0.0)):
+            write_run(tmp_path / name, name, "m", "d", attack_records(name, pictured(0, 20), 1, success=success))
         said = finding(find_runs([tmp_path]))
-        assert "decoupling_embedding brings 100.0 % of the samples that m gets right on d to another fusion embedding" in said
+        assert said.startswith("decoupling_embedding brings 100.0 % of the samples that m gets right on d to another")
         assert "decoupling_targeted brings 0.0 % to another class" in said
 
     def test_smaller_removals_are_better_too(self, tmp_path, no_curves):

@@ -118,7 +118,7 @@ def sweep(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 def test_a_refused_job_is_one_line_and_stops_no_other(sweep) -> None:
     folder, done = sweep
     assert done.returncode == 1
-    message = "muroan attack: attack.draws and attack.max_parts must be at least 1, got 0 and 3"
+    message = "muroan attack: attack.draws must be a whole number, at least 1, got 0"
     assert done.stderr.splitlines()[-1] == message
     assert not any(word in done.stderr for word in ("Traceback", "ConfigStore schema"))
     assert not (folder / "0/run.json").exists()

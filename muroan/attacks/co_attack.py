@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from muroan.attacks.base import BatchAttack, Perturbation, Target
+from muroan.attacks.greedy import lowest
 from muroan.attacks.target import embedding_table
-from muroan.attacks.values import Values, check_positive
-from muroan.errors import MuroanError
+from muroan.attacks.values import Values
+from muroan.errors import MuroanError, check_number, check_whole
 from muroan.modalities import Text, Tokenizer
 from muroan.models.base import Prediction
 
@@ -55,9 +57,9 @@ class CoAttack(BatchAttack):
         candidates: int = 10,
         modalities: Sequence[str] | None = None,
     ):
-        check_positive(self.name, epsilon=epsilon, steps=steps, alpha=alpha, candidates=candidates)
-        check_positive(self.name, **({} if step is None else {"step": step}))
-        self.epsilon, self.steps, self.alpha, self.candidates = float(epsilon), int(steps), alpha, int(candidates)
+        check_whole("attack", steps=steps, candidates=candidates)
+        check_number("attack", 0, above=True, epsilon=epsilon, alpha=alpha, **({} if step is None else {"step": step}))
+        self.epsilon, self.steps, self.alpha, self.candidates = float(epsilon), steps, alpha, candidates
         self.step = 1.25 * self.epsilon / self.steps if step is None else float(step)
         self.modalities = modalities
         self._words: tuple[Any, list[str], list[int]] | None = None
@@ -124,24 +126,23 @@ class CoAttack(BatchAttack):
             for row, i in places
         ]
         moved = self._moved(target, name, [row for row, _ in places], gapped, admissible=False)
-        chosen: dict[int, tuple[float, int]] = {}
-        for (row, i), (shift, _, _) in zip(places, moved, strict=True):
-            if row not in chosen or shift > chosen[row][0]:
-                chosen[row] = shift, i
+        # Shifts that are equal up to rounding go by position: equal words of a text tie.
+        shifts = np.array([shift for shift, _, _ in moved])
+        chosen = {row: places[own[lowest(-shifts[own])]][1] for row, own in _by_row([row for row, _ in places])}
 
         # What takes its place.
         offers: list[tuple[int, tuple[str, ...]]] = []
-        for row, (_, i) in chosen.items():
+        for row, i in chosen.items():
             near = self.nearest(target, name, row, i)
             near = near[: target.granted(row, len(near))]
             offers += [(row, (*words[row][:i], word, *words[row][i + 1 :])) for word in near]
         tried = [text.prepare(" ".join(offer))[0].to(ids) for _, offer in offers]
-        best: dict[int, tuple[bool, float]] = {}
         answers = self._moved(target, name, [row for row, _ in offers], tried, admissible=True)
-        for (row, offer), new, (shift, flips, z) in zip(offers, tried, answers, strict=True):
-            if row not in best or (flips, shift) > best[row]:
-                best[row], words[row] = (flips, shift), offer
-                ids[row], said[row], flipped[row] = new, z, flips
+        for row, own in _by_row([row for row, _ in offers]):
+            among = [place for place in own if answers[place][1]] or own  # flips, where there are any
+            best = among[lowest(-np.array([answers[place][0] for place in among]))]
+            words[row], ids[row] = offers[best][1], tried[best]
+            _, flipped[row], said[row] = answers[best]
         return words, ids, said, flipped
 
     def _moved(
@@ -190,6 +191,14 @@ class CoAttack(BatchAttack):
             single = [(w, ids[0]) for w, ids in zip(words, tokenizer.words_to_ids(words), strict=True) if len(ids) == 1]
             self._words = tokenizer, [w for w, _ in single], [i for _, i in single]
         return self._words[1], self._words[2]
+
+
+def _by_row(rows: Sequence[int]) -> Iterable[tuple[int, list[int]]]:
+    """For each row the places that it stands at."""
+    found: dict[int, list[int]] = {}
+    for place, row in enumerate(rows):
+        found.setdefault(row, []).append(place)
+    return found.items()
 
 
 def divergence(z: Tensor, other: Tensor) -> Tensor:

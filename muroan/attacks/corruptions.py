@@ -33,8 +33,8 @@ class Corruption(BatchAttack):
         Args:
             severity: 1 to 5; the default is the middle one.
         """
-        if severity not in range(1, 6):
-            raise MuroanError(f"attack.severity must be 1 to 5, got {severity!r}")
+        if isinstance(severity, bool) or not isinstance(severity, int) or not 1 <= severity <= 5:
+            raise MuroanError(f"attack.severity must be a whole number from 1 to 5, got {severity!r}")
         self.severity, self.level = severity, self.levels[severity - 1]
 
     def perturb(self, target: Target) -> Sequence[Perturbation | None]:

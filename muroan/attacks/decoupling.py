@@ -13,7 +13,7 @@ from scipy.special import log_ndtr
 from muroan.attacks.base import Ask, Attack, AttackedSample, BudgetExhausted, Response, Search
 from muroan.attacks.greedy import lowest, ranked
 from muroan.attacks.universe import Universe, ascending, cheaper
-from muroan.errors import MuroanError
+from muroan.errors import MuroanError, check_whole
 from muroan.modalities import Removal, removed_elements
 
 Asking = Generator[Ask, list[Response], None]
@@ -100,8 +100,8 @@ class Decoupling(Attack):
         number = isinstance(embedding, int | float) and not isinstance(embedding, bool)
         if embedding not in (None, "argmax") and not (number and 0 < float(embedding) <= 2):  # type: ignore[arg-type]
             raise MuroanError(f"attack.embedding must be argmax or a cosine distance in (0, 2], got {embedding!r}")
-        if patience is not None and (isinstance(patience, bool) or not isinstance(patience, int) or patience < 1):
-            raise MuroanError(f"attack.patience must be at least 1, or null, got {patience!r}")
+        if patience is not None:
+            check_whole("attack", patience=patience)
         listed = modalities is None or (not isinstance(modalities, str) and len(modalities) > 0)
         if not listed or len(set(modalities or ())) < len(modalities or ()):
             raise MuroanError(f"attack.modalities must be a list of different names, or null, got {modalities!r}")
@@ -111,7 +111,7 @@ class Decoupling(Attack):
         self.target, self.embedding = target, embedding
         self._universes: dict[object, Universe] = {}
         if target is not None:
-            self.goal = f"class {target}"
+            self.goal = f"class number {target}"
         elif embedding is not None:
             self.goal = "another fusion embedding"
         if valid_only:

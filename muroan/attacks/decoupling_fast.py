@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from muroan.attacks.base import Ask, Attack, AttackedSample, BudgetExhausted, Search, descend
 from muroan.attacks.greedy import ROUNDING, ranked
-from muroan.errors import MuroanError
+from muroan.errors import MuroanError, check_whole
 from muroan.modalities import Removal
 
 
@@ -32,8 +32,7 @@ class DecouplingFast(Attack):
     def __init__(
         self, rounds: int = 2, width: int = 8, modalities: Sequence[str] | None = None, valid_only: bool = True
     ):
-        if rounds < 1 or width < 1:
-            raise MuroanError(f"attack.rounds and attack.width must be at least 1, got {rounds} and {width}")
+        check_whole("attack", rounds=rounds, width=width)
         self.rounds, self.width, self.valid_only = rounds, width, valid_only
         self.modalities = None if modalities is None else list(modalities)
 

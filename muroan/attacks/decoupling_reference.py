@@ -7,7 +7,7 @@ from itertools import chain, combinations, islice
 from typing import Literal
 
 from muroan.attacks.base import Ask, Attack, AttackedSample, Response, Search
-from muroan.errors import MuroanError
+from muroan.errors import MuroanError, check_whole
 from muroan.modalities import Region, Removal, Text
 
 
@@ -34,8 +34,7 @@ class DecouplingReference(Attack):
     def __init__(self, max_combinations: int = 500, coupling: Literal["combinations", "pairs"] = "combinations"):
         if coupling not in ("combinations", "pairs"):
             raise MuroanError(f"attack.coupling must be combinations or pairs, got {coupling!r}")
-        if max_combinations < 1:
-            raise MuroanError(f"attack.max_combinations must be at least 1, got {max_combinations}")
+        check_whole("attack", max_combinations=max_combinations)
         self.max_combinations, self.coupling = max_combinations, coupling
 
     def search(self, sample: AttackedSample) -> Search:

@@ -6,7 +6,7 @@ from itertools import islice
 
 from muroan.attacks.base import Ask, Attack, AttackedSample, Search
 from muroan.attacks.universe import ascending, atoms
-from muroan.errors import MuroanError
+from muroan.errors import MuroanError, check_whole
 from muroan.modalities import Removal
 
 
@@ -24,8 +24,7 @@ class Exhaustive(Attack):
     guided = False
 
     def __init__(self, max_atoms: int = 16):
-        if max_atoms < 1:
-            raise MuroanError(f"attack.max_atoms must be at least 1, got {max_atoms}")
+        check_whole("attack", max_atoms=max_atoms)
         self.max_atoms = max_atoms
 
     def search(self, sample: AttackedSample) -> Search:

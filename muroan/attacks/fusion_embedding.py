@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from muroan.attacks.base import BatchAttack, Perturbation, Target
-from muroan.attacks.values import Adam, Values, check_positive
-from muroan.errors import MuroanError
+from muroan.attacks.values import Adam, Values
+from muroan.errors import MuroanError, check_number, check_whole
 from muroan.models.base import Prediction
 
 
@@ -48,9 +48,9 @@ class FusionEmbedding(BatchAttack):
         donors: int | None = None,
         modalities: Sequence[str] | None = None,
     ):
-        check_positive(self.name, steps=steps, step=step, slack=slack, pull=pull, push=push)
-        check_positive(self.name, **({} if donors is None else {"donors": donors}))
-        self.steps, self.step, self.donors, self.modalities = int(steps), step, donors, modalities
+        check_whole("attack", steps=steps, **({} if donors is None else {"donors": donors}))
+        check_number("attack", 0, above=True, step=step, slack=slack, pull=pull, push=push)
+        self.steps, self.step, self.donors, self.modalities = steps, step, donors, modalities
         self.slack, self.pull, self.push = slack, pull, push
 
     def perturb(self, target: Target) -> Sequence[Perturbation | None]:

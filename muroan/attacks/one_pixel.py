@@ -11,7 +11,7 @@ from torch import Tensor
 from muroan.attacks.base import BatchAttack, Perturbation, Target
 from muroan.attacks.canvas import Canvas, Paint
 from muroan.attacks.greedy import ROUNDING
-from muroan.errors import MuroanError
+from muroan.errors import MuroanError, check_whole
 from muroan.modalities import Image
 from muroan.models.base import Prediction
 
@@ -37,10 +37,9 @@ class OnePixel(BatchAttack):
     FACTOR = 0.5
 
     def __init__(self, pixels: int = 1, queries: int = 500, population: int | None = None, modality: str | None = None):
-        if pixels < 1 or queries < 1:
-            raise MuroanError(f"attack.pixels and attack.queries must be at least 1, got {pixels} and {queries}")
-        if population is not None and population < 3:
-            raise MuroanError(f"attack.population must be at least 3, the parents of a child, got {population}")
+        check_whole("attack", pixels=pixels, queries=queries)
+        if population is not None:
+            check_whole("attack", 3, population=population)  # the parents of a child
         self.pixels, self.queries, self.population, self.modality = pixels, queries, population, modality
 
     def perturb(self, target: Target) -> Sequence[Perturbation | None]:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from muroan.attacks.base import BatchAttack, Perturbation, Target
 from muroan.attacks.target import Loss
-from muroan.attacks.values import Values, check_choice, check_positive
+from muroan.attacks.values import Values, check_choice
+from muroan.errors import check_number, check_whole
 from muroan.models.base import Prediction
 
 
@@ -64,9 +65,10 @@ class Pgd(BatchAttack):
         stop_early: bool = True,
         modalities: Sequence[str] | None = None,
     ):
-        check_positive(self.name, epsilon=epsilon, steps=steps, **({} if step is None else {"step": step}))
+        check_whole("attack", steps=steps)
+        check_number("attack", 0, above=True, epsilon=epsilon, **({} if step is None else {"step": step}))
         check_choice(self.name, "loss", loss, list(LOSSES))
-        self.epsilon, self.steps, self.loss = float(epsilon), int(steps), LOSSES[loss]
+        self.epsilon, self.steps, self.loss = float(epsilon), steps, LOSSES[loss]
         self.step = 2.5 * self.epsilon / self.steps if step is None else float(step)
         self.random_start, self.stop_early, self.modalities = random_start, stop_early, modalities
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from muroan.attacks.base import BatchAttack, Perturbation, Target
 from muroan.attacks.pgd import LOSSES
-from muroan.attacks.values import Values, check_choice, check_positive
+from muroan.attacks.values import Values, check_choice
+from muroan.errors import check_number, check_whole
 
 
 class PgdL0(BatchAttack):
@@ -44,9 +45,12 @@ class PgdL0(BatchAttack):
         random_start: bool = True,
         modalities: Sequence[str] | None = None,
     ):
-        check_positive(self.name, most=most, steps=steps, step=step)
+        check_whole("attack", steps=steps)
+        check_number("attack", 0, above=True, most=most, step=step)
+        if most >= 1:
+            check_whole("attack", most=most)
         check_choice(self.name, "loss", loss, list(LOSSES))
-        self.most, self.steps, self.step = most, int(steps), float(step)
+        self.most, self.steps, self.step = most, steps, float(step)
         self.loss, self.random_start, self.modalities = LOSSES[loss], random_start, modalities
 
     def perturb(self, target: Target) -> Sequence[Perturbation | None]:

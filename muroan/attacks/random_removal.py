@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from muroan.attacks.base import Ask, Attack, AttackedSample, BudgetExhausted, Search
 from muroan.attacks.greedy import Smallest
-from muroan.errors import MuroanError
+from muroan.errors import MuroanError, check_whole
 from muroan.modalities import Removal, removed_elements
 
 REPEATS = 4  # draws that bring nothing new, for each query of the budget, until there seems to be nothing new
@@ -22,8 +22,7 @@ class RandomRemoval(Attack):
     control = True
 
     def __init__(self, draws: int | None = 20, max_parts: int = 3):
-        if (draws is not None and draws < 1) or max_parts < 1:
-            raise MuroanError(f"attack.draws and attack.max_parts must be at least 1, got {draws} and {max_parts}")
+        check_whole("attack", max_parts=max_parts, **({} if draws is None else {"draws": draws}))
         self.draws, self.max_parts = draws, max_parts
         if draws is None:
             self.name = "random_removal_budget"

@@ -11,8 +11,8 @@ from torch import Tensor
 from muroan.attacks.base import Ask, Attack, AttackedSample, BudgetExhausted, Search, Target, Together
 from muroan.attacks.greedy import Smallest, prune, ranked
 from muroan.attacks.universe import atoms
-from muroan.attacks.values import check_choice, check_positive
-from muroan.errors import MuroanError
+from muroan.attacks.values import check_choice
+from muroan.errors import MuroanError, check_whole
 from muroan.modalities import Region, Removal, Text
 
 METHODS = ("gradient", "integrated_gradients", "occlusion")
@@ -45,8 +45,8 @@ class SaliencyRemoval(Attack):
 
     def __init__(self, method: Literal["gradient", "integrated_gradients", "occlusion"] = "gradient", steps: int = 20):
         check_choice(self.name, "method", method, METHODS)
-        check_positive(self.name, steps=steps)
-        self.method, self.steps = method, int(steps)
+        check_whole("attack", steps=steps)
+        self.method, self.steps = method, steps
 
     def search(self, sample: AttackedSample) -> Search:
         scores = yield Together(self.attribute, phase="attribute")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from muroan.attacks.base import BatchAttack, Perturbation, Target
-from muroan.attacks.values import Adam, Values, check_choice, check_positive
+from muroan.attacks.values import Adam, Values, check_choice
+from muroan.errors import check_number, check_whole
 from muroan.models.base import Prediction
 
 
@@ -47,9 +48,10 @@ class SigmaZero(BatchAttack):
         group: Literal["element", "component"] = "element",
         modalities: Sequence[str] | None = None,
     ):
-        check_positive(self.name, steps=steps, step=step, sigma=sigma, threshold=threshold, rate=rate)
+        check_whole("attack", steps=steps)
+        check_number("attack", 0, above=True, step=step, sigma=sigma, threshold=threshold, rate=rate)
         check_choice(self.name, "group", group, ("element", "component"))
-        self.steps, self.step, self.sigma, self.threshold, self.rate = int(steps), step, sigma, threshold, rate
+        self.steps, self.step, self.sigma, self.threshold, self.rate = steps, step, sigma, threshold, rate
         self.group, self.modalities = group, modalities
 
     def perturb(self, target: Target) -> Sequence[Perturbation | None]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from muroan.attacks.base import BatchAttack, Perturbation, Target
 from muroan.attacks.canvas import Canvas, Paint
-from muroan.errors import MuroanError
+from muroan.errors import MuroanError, check_whole
 
 ROUNDING = 1e-6  # a margin must fall by more than what the arithmetic of another batch size may make of it
 
@@ -49,8 +49,7 @@ class SparseRS(BatchAttack):
     ):
         if mode not in ("pixels", "patch"):
             raise MuroanError(f"attack.mode must be pixels or patch, got {mode!r}")
-        if k < 1 or queries < 1:
-            raise MuroanError(f"attack.k and attack.queries must be at least 1, got {k} and {queries}")
+        check_whole("attack", k=k, queries=queries)
         self.mode, self.k, self.queries, self.shrink, self.modalities = mode, k, queries, shrink, modalities
         self.alpha_init = (0.3 if mode == "pixels" else 0.4) if alpha_init is None else alpha_init
         if not 0 < self.alpha_init <= 1:

@@ -164,16 +164,6 @@ class Adam:
         return first / (second.sqrt() + 1e-8)
 
 
-def check_positive(attack: str, **numbers: float) -> None:
-    """
-    Raises:
-        MuroanError: one of an attack's numbers is not above 0 (and finite).
-    """
-    for name, number in numbers.items():
-        if not (math.isfinite(number) and number > 0):
-            raise MuroanError(f"attack.{name} of {attack} must be above 0, got {number}")
-
-
 def check_choice(attack: str, name: str, chosen: str, among: Sequence[str]) -> None:
     """
     Raises:

@@ -18,7 +18,7 @@ from muroan.attacks.base import BatchAttack, Perturbation, Target
 from muroan.attacks.canvas import predict_in_passes
 from muroan.attacks.greedy import ROUNDING, ranked
 from muroan.attacks.target import embedding_table
-from muroan.errors import MuroanError
+from muroan.errors import MuroanError, check_whole
 from muroan.modalities import Text, WordTokenizer
 from muroan.models.base import MultimodalModel, Prediction
 
@@ -53,10 +53,7 @@ class WordSubstitution(BatchAttack):
         synonyms: str | None = None,
         masked_lm: str | None = None,
     ):
-        if candidates < 1 or (max_words is not None and max_words < 1):
-            raise MuroanError(
-                f"attack.candidates and attack.max_words must be at least 1, got {candidates} and {max_words}"
-            )
+        check_whole("attack", candidates=candidates, **({} if max_words is None else {"max_words": max_words}))
         if synonyms is not None and masked_lm is not None:
             raise MuroanError("attack.synonyms and attack.masked_lm are both set: candidates come from one place")
         self.candidates, self.max_words = candidates, max_words

@@ -55,7 +55,7 @@ def attack(config: DictConfig) -> None:
             begin_tracking(logger, config)
             finish_attack(folder, folder.records(), data.classes, logger)
         return
-    if isinstance(config.attack.get("target"), str):
+    if config.attack.get("target") is not None:
         config.attack.target = class_index(config.attack.target, data.classes)
     callback = AttackCallback(
         instantiate(config.attack),
@@ -112,16 +112,18 @@ def ablation_options(config: DictConfig) -> dict[str, Any]:
     return {key: defense[key] for key in ("keep", "element") if key in defense}
 
 
-def class_index(name: str, classes: Sequence[str]) -> int:
-    """The index of a class by its name.
+def class_index(target: Any, classes: Sequence[str]) -> Any:
+    """The index of a class by its name; an index is taken as it is, unless it is the name of a class.
 
     Raises:
         MuroanError: there is no such class.
     """
-    if name not in classes:
+    if str(target) in classes:
+        return list(classes).index(str(target))
+    if isinstance(target, str) or all(name.isdecimal() for name in classes):
         shown = ", ".join(classes[:20]) + (", …" if len(classes) > 20 else "")
-        raise MuroanError(f"attack.target={name}: the dataset has no such class; it has {shown}")
-    return list(classes).index(name)
+        raise MuroanError(f"attack.target={target}: the dataset has no such class; it has {shown}")
+    return target
 
 
 def finish_attack(folder: RunFolder, records: Sequence[AttackResult], classes: Sequence[str], logger: Any) -> None:

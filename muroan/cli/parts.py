@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -116,10 +116,11 @@ def find_checkpoint(config: DictConfig, model: Any, defense: Any = None, option:
     if config.checkpoint:
         checkpoint = Path(config.checkpoint)
         # A vote over ablations may be one of any model.
-        if defense and "keep" not in defense and not hardened(checkpoint, config):
+        if defense and "keep" not in defense and (differing := other_hardening(checkpoint, config)):
             raise MuroanError(
                 f"checkpoint={checkpoint} is of a model that no defense={HydraConfig.get().runtime.choices['defense']} "
-                f"has hardened: attack it without a defense, or leave the checkpoint out"
+                f"has hardened ({differing}): give the options that it was hardened with, attack it without a defense, "
+                f"or leave the checkpoint out"
             )
         return checkpoint
     command, state = ("harden", "hardened") if defense else ("train", "trained")
@@ -148,25 +149,26 @@ def trained_without(defense: Any) -> list[str]:
     return without if defense else [*without, "defense", "hardening", "attack@defense", "attack@hardening"]
 
 
-def hardened(checkpoint: Path, config: DictConfig) -> bool:
-    """Whether a checkpoint may be of the chosen defence: what lies beside it does not tell of another training."""
-    for name in ("identity.json", "summary.json"):
-        file = checkpoint.parent / name
-        if file.is_file():
-            known = json.loads(file.read_text())
-            own = known.get("identity", known)
-            return (own.get("defense") or {}).get("_target_") == config.defense.get("_target_")
-    return True
+def other_hardening(checkpoint: Path, config: DictConfig) -> str:
+    """In what the hardening that is told of beside a checkpoint differs from the chosen one."""
+    return other_training(checkpoint.parent, identity(config, "harden"), ("defense", "hardening"))
 
 
-def other_training(folder: Path, own: Mapping[str, Any]) -> str:
-    """In what the training that a folder holds differs from one's own; nothing where it does not, or holds none."""
+def other_training(folder: Path, own: Mapping[str, Any], groups: Sequence[str] = ()) -> str:
+    """In what the training that a folder holds differs from one's own; nothing where it does not, or holds none.
+
+    Args:
+        groups: of options; all of them where none is named.
+    """
     from muroan.results import differences
 
     for name in ("identity.json", "summary.json"):
         if (folder / name).exists():
-            known = json.loads((folder / name).read_text())
-            return differences(known.get("identity", known), json.loads(json.dumps(own)))
+            told = json.loads((folder / name).read_text())
+            known, asked = told.get("identity", told), json.loads(json.dumps(own))
+            if groups:
+                known, asked = ({key: each.get(key) for key in groups} for each in (known, asked))
+            return differences(known, asked)
     return ""
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
@@ -63,7 +64,10 @@ def harden(config: DictConfig) -> None:
         forget_set(Path(config.defense.folder))
     threat_model = instantiate(options.threat_model)
     defense = instantiate(config.defense)
-    module = defense(model=model, threat_model=threat_model, seed=config.seed, **optimisation(options))
+    try:
+        module = defense(model=model, threat_model=threat_model, seed=config.seed, **optimisation(options))
+    except TypeError as error:  # an option that it does not have
+        raise MuroanError(f"{HydraConfig.get().runtime.choices['defense']} cannot be made: {error}") from None
     callbacks: list[Callback] = []
     monitor = "val/accuracy"
     if options.samples and not module.voting:

@@ -22,7 +22,7 @@ from muroan.data.base import shard
 from muroan.data.samples import Batch, Sample
 from muroan.defenses.base import Defense, without
 from muroan.engine import QueryEngine
-from muroan.errors import MuroanError
+from muroan.errors import MuroanError, check_whole
 from muroan.modalities import Region, Removal, stable_seed
 from muroan.models.base import MultimodalModel
 from muroan.results import differences, write_json
@@ -75,8 +75,7 @@ class AdversarialTraining(Defense):
         super().__init__(model, ratio, threat_model, seed, **training)
         if mode not in ("online", "offline"):
             raise MuroanError(f"defense.mode must be online or offline, got {mode!r}")
-        if samples is not None and samples < 1:
-            raise MuroanError(f"defense.samples must be at least 1 or null, got {samples}")
+        check_whole("defense", batch_size=batch_size, **({} if samples is None else {"samples": samples}))
         self.attack, self.mode, self.samples = attack, mode, samples
         self.folder, self.batch_size = Path(folder), batch_size
         self.engine: QueryEngine | None = None

@@ -15,7 +15,7 @@ from torch import Tensor
 from muroan.attacks.base import ThreatModel
 from muroan.data.base import MultimodalData
 from muroan.data.samples import Batch, Sample
-from muroan.errors import MuroanError
+from muroan.errors import check_number
 from muroan.modalities import Modality, Removal, stable_seed
 from muroan.models.base import MultimodalModel
 from muroan.training.module import MultimodalModule
@@ -79,8 +79,7 @@ class Defense(MultimodalModule):
         **training: Any,
     ):
         super().__init__(model, **training)
-        if isinstance(ratio, str | bool) or not 0 <= ratio <= 1:
-            raise MuroanError(f"defense.ratio is the share of a batch that is changed, 0 to 1, got {ratio}")
+        check_number("defense", 0, 1, ratio=ratio)
         self.ratio, self.seed = ratio, seed
         self.threat_model = (threat_model or ThreatModel()).complete(model.modalities)
         self.cost = Cost()
@@ -147,7 +146,9 @@ class Defense(MultimodalModule):
     def total_cost(self) -> Cost:
         """What the training took: passes of all processes, seconds of this one."""
         passes = torch.tensor([self.cost.rows, self.cost.attack_forwards, self.cost.attack_backwards])
-        total: Any = self.trainer.strategy.reduce(passes.to(self.device), reduce_op="sum")
+        strategy = self.trainer.strategy
+        # After training the module lies on the CPU again, where NCCL sums nothing up.
+        total: Any = strategy.reduce(passes.to(strategy.root_device), reduce_op="sum")
         rows, forwards, backwards = total.tolist()
         return Cost(rows, forwards, backwards, self.cost.seconds)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from muroan.attacks.base import ThreatModel
 from muroan.data.samples import Batch
 from muroan.defenses.base import Defense
-from muroan.errors import MuroanError
+from muroan.errors import MuroanError, check_number, check_whole
 from muroan.models.base import Features, MultimodalModel, map_features
 
 
@@ -50,11 +50,9 @@ class EmbeddingAdversarialTraining(Defense):
         **training: Any,
     ):
         super().__init__(model, 1.0, threat_model, seed, **training)
-        if epsilon <= 0 or step <= 0 or steps < 1 or agreement < 0:
-            raise MuroanError(
-                f"defense.epsilon and defense.step must be above 0, defense.steps at least 1 and defense.agreement "
-                f"not below 0, got {epsilon}, {step}, {steps} and {agreement}"
-            )
+        check_number("defense", 0, above=True, epsilon=epsilon, step=step)
+        check_number("defense", 0, agreement=agreement)
+        check_whole("defense", steps=steps)
         self.names = list(model.modalities) if modalities is None else list(modalities)
         wrong = [name for name in self.names if name not in model.modalities]
         if wrong or not self.names:

@@ -19,7 +19,7 @@ from torch import Tensor
 from muroan.attacks.base import ThreatModel
 from muroan.data.samples import Batch
 from muroan.defenses.base import Defense
-from muroan.errors import MuroanError
+from muroan.errors import MuroanError, check_whole
 from muroan.modalities import Audio, Image, Modality, Text, delete_positions, stable_seed
 from muroan.models.base import Features, MultimodalModel
 
@@ -286,8 +286,8 @@ class SmoothedModel(MultimodalModel):
         rows: int = 256,
     ):
         super().__init__(model.modalities, model.num_classes)
-        if votes < 1 or rows < 1:
-            raise MuroanError(f"a vote needs at least one ablation and one row, got votes={votes}, rows={rows}")
+        check_whole("certification", votes=votes)
+        check_whole("SmoothedModel", rows=rows)
         self.model, self.votes, self.seed, self.rows = model, votes, seed, rows
         self.pretrained = model.pretrained
         self.ablation = Ablation(model.modalities, keep, element)

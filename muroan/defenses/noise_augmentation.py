@@ -11,7 +11,7 @@ from torch import Tensor
 from muroan.attacks.base import ThreatModel
 from muroan.data.samples import Batch, Sample
 from muroan.defenses.base import Defense
-from muroan.errors import MuroanError
+from muroan.errors import check_number
 from muroan.modalities import Text
 from muroan.models.base import MultimodalModel
 
@@ -39,10 +39,8 @@ class NoiseAugmentation(Defense):
         **training: Any,
     ):
         super().__init__(model, ratio, threat_model, seed, **training)
-        if deviation < 0 or not 0 <= words <= 1:
-            raise MuroanError(
-                f"defense.deviation must be 0 or more and defense.words 0 to 1, got {deviation} and {words}"
-            )
+        check_number("defense", 0, deviation=deviation)
+        check_number("defense", 0, 1, words=words)
         self.deviation, self.words = deviation, words
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:

@@ -10,7 +10,7 @@ import torch
 from muroan.attacks.base import ThreatModel, descend
 from muroan.data.samples import Batch, Sample
 from muroan.defenses.base import Defense, without
-from muroan.errors import MuroanError
+from muroan.errors import check_whole
 from muroan.modalities import Removal
 from muroan.models.base import MultimodalModel
 
@@ -43,8 +43,7 @@ class RandomRemovalAugmentation(Defense):
         **training: Any,
     ):
         super().__init__(model, ratio, threat_model, seed, **training)
-        if max_parts < 1:
-            raise MuroanError(f"defense.max_parts must be at least 1, got {max_parts}")
+        check_whole("defense", max_parts=max_parts)
         self.max_parts, self.valid_only = max_parts, valid_only
         self._judge_removal: Callable[[Sample, Removal], bool | None] | None = None
 

@@ -237,7 +237,8 @@ def compare(runs: Sequence[Run], pool_seeds: bool = True) -> Comparison:
         often = Counter(row.rules for row in target.rows)
         if len(often) > 1 and (alone := [row.name for row in target.rows if often[row.rules] == 1]):
             notes.append(
-                f"{target.name}: no other attack has the threat model and the goal of {', '.join(alone)}: no paired test."
+                f"{target.name}: no other attack has the threat model and the goal of {', '.join(alone)}: "
+                f"no paired test."
             )
         for attack, reference in _matches(target):
             pair = _pair(target, attack, reference)
@@ -288,8 +289,11 @@ def _setup(run: Run) -> str:
     own = {key: value for key, value in identity.items() if key not in ("seed", "weights")}
     # Training is no part of an attack's identity, which has the hash of its outcome instead.
     config = run.about.get("config") or {}
-    hardening = ("defense", "hardening") if config.get("defense") else ()
-    hardened = {key: config.get(key) for key in hardening}
+    hardened = {}
+    if config.get("defense"):
+        # The folder of an offline set is the job's own.
+        defense = {key: value for key, value in config["defense"].items() if key != "folder"}
+        hardened = {"defense": defense, "hardening": config.get("hardening")}
     return json.dumps([run.dataset, run.model, run.attack, own, run.training, hardened], sort_keys=True)
 
 

@@ -76,6 +76,7 @@ class Defended:
         attacks: by what the attack is called; the runs, one a seed.
         undefended: whether it is not hardened at all.
         base: the options of the model and of its training before it was hardened; defences of others are no match.
+        effort: how long, and how, it was hardened: a control of another effort is none.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Defended:
     attacks: Mapping[str, Row]
     undefended: bool = False
     base: str = ""
+    effort: str = ""
 
     @property
     def runs(self) -> list[Run]:
@@ -175,6 +177,7 @@ class Verdict:
             any the smallest times their number; then after Holm's correction over the verdicts on this model.
         p_larger: likewise that flips need larger removals than under each control.
         missing: controls that share no sample with it, so that it can't be said to have helped.
+        unlike: controls that were hardened longer or shorter, or otherwise, and have no say.
     """
 
     defense: Defended
@@ -184,6 +187,7 @@ class Verdict:
     p: float = 1.0
     p_larger: float = 1.0
     missing: tuple[str, ...] = ()
+    unlike: tuple[str, ...] = ()
 
     @property
     def helped(self) -> bool:
@@ -210,7 +214,9 @@ class Verdict:
     def line(self) -> str:
         """The finding in one line."""
         if self.beyond is None or self.control is None:
-            return f"{self.defense.name}: there is no control to compare with, so that no claim can be made."
+            otherwise = f" (trained longer or otherwise: {', '.join(self.unlike)})" if self.unlike else ""
+            lacking = f"there is no control to compare with{otherwise}"
+            return f"{self.defense.name}: {lacking}, so that no claim can be made."
         judged, robust, area = self.beyond.decisive, self.beyond.robust, self.beyond.area
         what = f"{self.word} {'than a control' if self.word == 'did worse' else 'beyond its controls'}"
         what += ", though flips need larger removals" if self.larger and not self.helped else ""
@@ -290,10 +296,12 @@ class Grid:
             match = [other for other in self.defenses if other.base == defense.base]
             plain = next((other for other in match if other.undefended), None)
             gain = None if plain is None else self.difference(defense, plain)
-            against = [(c, self.difference(defense, c)) for c in match if c.control]
+            # One that was trained for shorter, or otherwise, shows nothing of what the training itself does.
+            against = [(c, self.difference(defense, c)) for c in match if c.control and c.effort == defense.effort]
             controls = [(c, difference) for c, difference in against if difference is not None]
             missing = tuple(c.name for c, difference in against if difference is None)
-            found.append(replace(_judged(defense, gain, controls), missing=missing))
+            unlike = tuple(c.name for c in match if c.control and c.effort != defense.effort)
+            found.append(replace(_judged(defense, gain, controls), missing=missing, unlike=unlike))
         judged = [verdict for verdict in found if verdict.beyond is not None]
         p, p_larger = iter(holm([v.p for v in judged])), iter(holm([v.p_larger for v in judged]))
         return [v if v.beyond is None else replace(v, p=next(p), p_larger=next(p_larger)) for v in found]
@@ -359,7 +367,8 @@ def _defenses(runs: Sequence[Run]) -> list[Defended]:
             attacks.setdefault(name, []).append(run)
         control = any((run.about.get("training") or {}).get("control") for run in group)
         rows = {name: Row(tuple(_one_a_seed(names[key], name, own)), name) for name, own in sorted(attacks.items())}
-        found.append(Defended(names[key], control, rows, not group[0].about.get("defense"), _base(group[0])))
+        undefended = not group[0].about.get("defense")
+        found.append(Defended(names[key], control, rows, undefended, _base(group[0]), _effort(group[0])))
     return sorted(found, key=_place)
 
 
@@ -385,6 +394,13 @@ def _setup(run: Run) -> str:
 def _base(run: Run) -> str:
     """What decides how a model was trained before it was hardened, apart from the seed."""
     return json.dumps(run.training, sort_keys=True)
+
+
+def _effort(run: Run) -> str:
+    """How long, and how, a model was hardened, whatever by."""
+    told = ("epochs", "batches", "lr", "weight_decay", "warmup", "clip", "start")
+    hardening = (run.about.get("config") or {}).get("hardening") or {}
+    return json.dumps({key: hardening.get(key) for key in told})
 
 
 def _options(run: Run) -> dict[str, Any]:
@@ -415,15 +431,22 @@ def _names(groups: Mapping[str, Sequence[Run]]) -> dict[str, str]:
     settings = {
         key: (str(runs[0].about.get("defense") or UNDEFENDED), flat(_options(runs[0]))) for key, runs in groups.items()
     }
-    names = {}
+    names, differing = {}, {}
     for key, (name, own) in settings.items():
         others = [options for other, (title, options) in settings.items() if title == name and other != key]
-        differing = [
+        differing[key] = [
             f"{k.removeprefix('defense.').removeprefix('hardening.')}={v}"
             for k, v in own.items()
             if any(o.get(k) != v for o in others)
         ]
-        names[key] = f"{name} ({', '.join(differing[:3])})" if differing else name
+    longest = max(map(len, differing.values()), default=0)
+    for shown in range(min(3, longest), longest + 1):  # no more than it takes to tell them apart
+        names = {
+            key: f"{name} ({', '.join(differing[key][:shown])})" if differing[key] else name
+            for key, (name, _) in settings.items()
+        }
+        if len(set(names.values())) == len(names):
+            break
     return names
 
 
