@@ -8,7 +8,7 @@ Every model is fine-tuned on ablated inputs as the defences of Table 4 are, its 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -21,6 +21,7 @@ from muroan.report.cells import Cell
 from muroan.report.markup import markdown_table, write_csv
 from muroan.report.plots import Certified, certified_curves
 from muroan.report.tables import figure
+from muroan.runs import Run
 
 # What an element is, and what is kept: pixels, samples of sound and tokens, as conf/defense/mmcert.yaml has it; or
 # squares, stretches of 10 ms, and a fixed number of tokens, which an attacker can only delete.
@@ -63,11 +64,16 @@ def certify(sweep: Sweep, dataset: str, cell: Cell, options: Sequence[str]) -> P
     return place[0] if (place[0] / "summary.json").exists() else None
 
 
-def figures(folders: Sequence[Path]) -> list[float | int | None]:
-    """The figures of a row, means over the seeds; sizes and breaks are the largest and all."""
+def figures(folders: Mapping[Path, Run]) -> list[float | int | None]:
+    """The figures of a row, means over the seeds; sizes and breaks are the largest and all.
+
+    Args:
+        folders: of certificates, with the attack that each was held against; there may have been others.
+    """
     certificates = [CertificateFolder(folder).records() for folder in folders]
     found = [summarise(one) for one in certificates]
-    attacks = [attack for f in folders for attack in json.loads((f / "summary.json").read_text())["attacks"].values()]
+    held = [(json.loads((f / "summary.json").read_text())["attacks"], run.key) for f, run in folders.items()]
+    attacks = [known[key] for known, key in held if key in known]
     alone: list[float | int] = []
     for name in certificates[0][0].n:
         alone += [mean(one["alone"][name]["any"] if one["alone"] else 0.0 for one in found)]
@@ -107,7 +113,8 @@ def main() -> None:
                     summaries = [s for seed, s in zip(sweep.seeds, base[model], strict=True) if s and seed in folders]
                     accuracy = mean(summary["accuracy"]["test"] for summary in summaries) if summaries else None
                     seeds = " ".join(map(str, folders))
-                    rows.append([dataset, model, elements, seeds, accuracy, *figures(list(folders.values()))])
+                    attacks = {folders[cell.seed]: cell.run for cell in cells if cell.run and cell.seed in folders}
+                    rows.append([dataset, model, elements, seeds, accuracy, *figures(attacks)])
     out = OUT / "certified"
     out.mkdir(parents=True, exist_ok=True)
     names = ["image_at_most", "other_at_most"]

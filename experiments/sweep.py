@@ -80,6 +80,7 @@ class Sweep:
         weights: hashes of the models whose cells were read, by the folder of their training.
         torch: the versions that made these cells.
         done: of every cell and training that was asked for, by its folder, whether it is there.
+        again: whether to make anew what is there, and the folders that this command has `remade` so far.
     """
 
     def __init__(self, full: dict[str, str], quick: dict[str, str]):
@@ -101,6 +102,7 @@ class Sweep:
         self.weights: dict[str, str] = {}
         self.torch: set[str] = set()
         self.done: dict[Path, bool] = {}
+        self.again, self.remade = "rerun=true" in self.options, set[Path]()
         self.budget = dict(word.split("=", 1) for word in self.options).get("threat_model.max_queries", "500")
         if unknown := set(self.datasets) - set(TRAINED):
             sys.exit(f"datasets must be among {', '.join(TRAINED)}, got {', '.join(sorted(unknown))}")
@@ -133,20 +135,33 @@ class Sweep:
             sys.exit(str(error))
         every = [cell for cells in found.values() for cell in cells]
         # muroan skips finished cells itself, but has to load a model to see that they are.
-        again = "rerun=true" in self.options
-        left = [cell for cell in every if again or cell.run is None]
+        left = [cell for cell in every if cell.run is None or (self.again and cell.folder not in self.remade)]
         if self.tabulate or not left:
             return self._noted(found)
         axes = [f"model={_listed(c.model for c in left)}", f"seed={_listed(c.seed for c in left)}"]
-        ready = [*shared, *axes, f"attack={left[0].attack}", *([limit] if self.quick else [])]  # options may be its own
-        muroan("train", "-m", *ready)
+        ready = [*shared, f"attack={left[0].attack}", *([limit] if self.quick else [])]  # options may be its own
+        self._prepare("train", ready, left)
         if defense != "none":
-            muroan("harden", "-m", *ready)
-        for cell in () if again else every:
+            self._prepare("harden", ready, left)
+        for cell in () if self.again else every:
             if cell.run is not None:
                 _check_weights(cell)
         muroan("attack", "-m", *shared, *axes, f"attack={_listed(c.attack for c in left)}", limit, folder)
+        self.remade |= {cell.folder for cell in left}
         return self._noted(self._read(dataset, plan))
+
+    def _prepare(self, command: str, words: Sequence[str], left: Sequence[Cell]) -> None:
+        """Train, or harden, the models of some cells; with `rerun=true` each once, however many cells it has."""
+        models, seeds = list(dict.fromkeys(c.model for c in left)), list(dict.fromkeys(c.seed for c in left))
+        if self.again:
+            places = [
+                {folder for folder, _ in own}
+                for own in planned(command, [[*words, f"model={model}"] for model in models], seeds)
+            ]
+            models = [model for model, own in zip(models, places, strict=True) if not own <= self.remade]
+            self.remade |= set[Path]().union(*places)
+        if models:
+            muroan(command, "-m", *words, f"model={_listed(models)}", f"seed={_listed(seeds)}")
 
     def trained(self, dataset: str, *options: str) -> dict[str, list[dict[str, Any] | None]]:
         """Train what is not trained.

@@ -54,6 +54,11 @@ class Run:
         return f"{self.attack} · {self.where}"
 
     @property
+    def key(self) -> str:
+        """What the run is known by, whatever its folder: the attack, and a hash of all that decides its records."""
+        return f"{self.attack}-{str(self.about.get('fingerprint'))[:6]}"
+
+    @property
     def attack(self) -> str:
         return str(self.about["attack"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -467,12 +468,21 @@ def test_an_interrupted_offline_set_goes_on(tmp_path: Path, learned: Any, monkey
 
 def test_another_or_a_broken_offline_set_is_refused(tmp_path: Path, learned: Any) -> None:
     fitted(offline(tmp_path, learned, samples=20))
-    with pytest.raises(MuroanError, match=r"another configuration \(samples: 20 there, 30 asked for\)"):
+    with pytest.raises(MuroanError, match=r"another configuration .*samples: 20 there, 30 asked for\)"):
         fitted(offline(tmp_path, learned, samples=30))
     with pytest.raises(MuroanError, match=r"another configuration \(options\.rounds: '2' there, '5' asked for\)"):
         fitted(offline(tmp_path, learned, DecouplingFast(rounds=5), samples=20))
     with pytest.raises(MuroanError, match="an adversarial set of another model"):
         fitted(offline(tmp_path, None, samples=20))
+    steps = {name: PgdLinf(steps=3, stop_early=False, loss=name) for name in ("margin", "cross_entropy")}
+    fitted(offline(tmp_path / "pgd", learned, steps["margin"], samples=20))
+    with pytest.raises(MuroanError, match=r"options\.loss: 'lost_margin' there, 'cross_entropy' asked for"):
+        fitted(offline(tmp_path / "pgd", learned, steps["cross_entropy"], samples=20))
+    about = json.loads((tmp_path / "set.json").read_text())
+    (tmp_path / "set.json").write_text(json.dumps({**about, "ids": "of other samples"}))
+    with pytest.raises(MuroanError, match=r"another configuration \(ids: 'of other samples' there"):
+        fitted(offline(tmp_path, learned, samples=20))
+    (tmp_path / "set.json").write_text(json.dumps(about))
     (part,) = tmp_path.glob("*.pt")
     part.unlink()
     with pytest.raises(MuroanError, match="an adversarial set of another model"):
@@ -509,6 +519,8 @@ def test_values_of_an_attacks_choosing_are_kept_too(tmp_path: Path, learned: Any
     fitted(again)
     assert again.cost.attack_forwards == first.cost.attack_forwards > 0, "the set has what it cost"
     assert again.cost.attack_backwards == first.cost.attack_backwards > 0
+    spent = sum(torch.load(file, weights_only=True)["spent"]["seconds"] for file in tmp_path.glob("*.pt"))
+    assert again.cost.seconds > spent > 0
     clean = {sample.id: sample for sample in Sides().prepared("train")}
     for sample in again.adversarial:
         moved = (sample.inputs["image"] - clean[sample.id].inputs["image"]).abs()

@@ -576,6 +576,34 @@ class TestCommands:
                 sweep.Sweep({}, {}).cells("easy_vqa", ["decoupling"])
             assert asked == commands
 
+    def test_made_anew_each_is_made_once(self, tmp_path, monkeypatch):
+        """With `rerun=true`: not again for each part of the table that needs it."""
+        monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+        monkeypatch.setattr(sys, "argv", ["table.py", "models=mmbt", "datasets=easy_vqa", "seeds=0", "rerun=true"])
+        monkeypatch.delitem(sys.modules, "sweep", raising=False)
+        import sweep
+
+        monkeypatch.chdir(tmp_path)
+        done = {n: replace(write_cell(tmp_path / n, FIRST), attack="decoupling", model="mmbt") for n in "ab"}
+        found: list[str] = []
+        asked: list[str] = []
+        monkeypatch.setattr(sweep, "muroan", lambda *words: asked.append(words[0]))
+        monkeypatch.setattr(sweep.Sweep, "_read", lambda *_: {("m", name): (done[name],) for name in found})
+        table = sweep.Sweep({}, {})
+        for names, defense, commands in (
+            ("a", "none", ["train", "attack"]),
+            ("a", "none", []),
+            ("ab", "none", ["attack"]),
+            ("b", "modality_dropout", []),
+        ):
+            found[:], asked[:] = names, []
+            table.only("mmbt", 0).cells("easy_vqa", ["decoupling"], defense=defense)
+            assert asked == commands
+        done["b"] = replace(done["b"], folder=tmp_path / "other")
+        asked.clear()
+        table.cells("easy_vqa", ["decoupling"], defense="modality_dropout")
+        assert asked == ["harden", "attack"], "the model that it starts from is there already"
+
     def test_runs_of_other_weights_do_not_stand_side_by_side(self, workplace, tmp_path, monkeypatch):
         here(monkeypatch, workplace, "archive", "pack", str(tmp_path / "records"))
         here(monkeypatch, tmp_path, "archive", "unpack", str(tmp_path / "records"))

@@ -127,7 +127,7 @@ def test_a_refused_job_is_one_line_and_stops_no_other(sweep) -> None:
 
 
 @cli_group
-def test_a_sweep_is_a_group_and_each_job_a_run(sweep) -> None:
+def test_a_sweep_is_a_group_and_each_job_a_run(sweep, trained: Path) -> None:
     folder, _ = sweep
     runs = {draws: OfflineRun.of(folder / str(draws)) for draws in (20, 30)}
     assert runs[20].run_id != runs[30].run_id
@@ -141,6 +141,9 @@ def test_a_sweep_is_a_group_and_each_job_a_run(sweep) -> None:
             running, final = run.steps(f"running/{name}"), run.steps(f"attack/{name}")
             assert list(running) == list(range(1, 13)), "a point a sample, in their order"
             assert list(final.values()) == [pytest.approx(running[12])]
+        weights = json.loads((job / "run.json").read_text())["checkpoint"]["sha256"]
+        assert run.config["weights"] == weights
+        assert run.artifacts["model"] == {"best.ckpt": trained / "best.ckpt"}
         assert set(run.artifacts["records"]) == {"records.jsonl", "run.json"}
         for name, file in run.artifacts["records"].items():
             assert file == job / name

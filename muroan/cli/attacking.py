@@ -52,7 +52,7 @@ def attack(config: DictConfig) -> None:
         log.info("already finished: %s (rerun=true runs it again)", folder.path)
         if not (folder.path / "summary.json").exists():  # the run was cut off while it summed up
             logger = tracker(config)
-            begin_tracking(logger, config)
+            begin_tracking(logger, config, run["identity"]["weights"])
             finish_attack(folder, folder.records(), data.classes, logger)
         return
     if config.attack.get("target") is not None:
@@ -68,7 +68,7 @@ def attack(config: DictConfig) -> None:
     )
     logger = tracker(config)
     trainer = pl.Trainer(**trainer_options(config), callbacks=[callback], logger=logger, enable_progress_bar=False)
-    begin_tracking(logger, config)
+    begin_tracking(logger, config, run["identity"]["weights"])
     trainer.test(MultimodalModule(model), data, verbose=False)
     if trainer.is_global_zero:
         finish_attack(folder, callback.records, data.classes, logger)
@@ -170,8 +170,9 @@ def certify(config: DictConfig) -> None:
         folder.clear()
     if folder.finished and folder.matches(run):
         log.info("already certified: %s (rerun=true certifies again)", folder.path)
-        logger = tracker(config) if config.certification.attacked else False  # else there is nothing new to log
-        begin_tracking(logger, config)
+        cut_off = not (folder.path / "summary.json").exists()
+        logger = tracker(config) if config.certification.attacked or cut_off else False  # else there is nothing new
+        begin_tracking(logger, config, run["identity"]["weights"])
         finish_certify(config, folder, logger)
         return
     keys = ("samples", "selection", "alpha", "deleted", "batch_size")
@@ -179,7 +180,7 @@ def certify(config: DictConfig) -> None:
     callback = CertificationCallback(ablation, folder.path, run, seed=config.seed, **options)
     logger = tracker(config)
     trainer = pl.Trainer(**trainer_options(config), callbacks=[callback], logger=logger, enable_progress_bar=False)
-    begin_tracking(logger, config)
+    begin_tracking(logger, config, run["identity"]["weights"])
     trainer.test(MultimodalModule(model), data, verbose=False)
     if trainer.is_global_zero:
         finish_certify(config, folder, logger)
@@ -233,7 +234,8 @@ def finish_certify(config: DictConfig, folder: CertificateFolder, logger: Any) -
             )
         found = broken(certificates, run.records)
         everything = float(robust_accuracy(certificates, run.records, [1.0])[0])
-        summary["attacks"][run.label] = {"broken": [c.id for c, _ in found], "robust_accuracy": everything}
+        outcome = {"label": run.label, "broken": [c.id for c, _ in found], "robust_accuracy": everything}
+        summary["attacks"][run.key] = outcome
         log.info("  %s: %d certificates broken, robust accuracy %.1f %%", run.label, len(found), everything)
     if attacks or not before:
         curve = certified_curves({"": (certificates, [(r.label, r.records) for r in attacks])})

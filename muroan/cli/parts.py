@@ -52,8 +52,8 @@ def tracker(config: DictConfig) -> Any:
     return logger
 
 
-def begin_tracking(logger: Any, config: DictConfig) -> None:
-    """Log the configuration.
+def begin_tracking(logger: Any, config: DictConfig, weights: str | None = None) -> None:
+    """Log the configuration, and the hash of the weights that are attacked or certified.
 
     Raises:
         MuroanError: Weights & Biases refuses, and there is nothing to lose yet.
@@ -63,7 +63,7 @@ def begin_tracking(logger: Any, config: DictConfig) -> None:
     from wandb.errors import Error
 
     try:
-        logger.log_hyperparams(plain(config))
+        logger.log_hyperparams({**plain(config), **({} if weights is None else {"weights": weights})})
     except Error as error:
         reason = str(error).strip().splitlines()[0]
         raise MuroanError(

@@ -226,6 +226,6 @@ def fit(
         summary["control"] = module.control
         summary["best"] = {"monitor": monitor, "value": best}
         summary |= {"cost": asdict(cost), "start": None if start is None else str(start)}
-    write_json(out / "summary.json", summary)
     log_model(logger, out / "best.ckpt", summary)
+    write_json(out / "summary.json", summary)  # last: it says that all is done
     log.info("test accuracy %.1f %%, checkpoint %s", metrics["test/accuracy"], out / "best.ckpt")

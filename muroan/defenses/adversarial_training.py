@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import os
 import pickle
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +22,7 @@ from muroan.attacks.base import Attack, Perturbation, ThreatModel
 from muroan.callbacks import DONORS, autocast_precision
 from muroan.data.base import shard
 from muroan.data.samples import Batch, Sample
-from muroan.defenses.base import Defense, without
+from muroan.defenses.base import Cost, Defense, without
 from muroan.engine import QueryEngine
 from muroan.errors import MuroanError, check_whole
 from muroan.modalities import Region, Removal, stable_seed
@@ -184,21 +186,27 @@ class AdversarialTraining(Defense):
         rank = self.global_rank
         own = [i for i in shard(dataset.examples, rank, self.trainer.world_size) if i in chosen]
         parts = [(self.folder / f"{rank}-{i // CHUNK:05d}.pt", own[i : i + CHUNK]) for i in range(0, len(own), CHUNK)]
-        self._claim(len(chosen), [file for file, _ in parts])
+        ids = [dataset.examples[i].id for i in sorted(chosen)]
+        self._claim(ids, [file for file, _ in parts])
         harmed: list[Sample] = []
         seed = stable_seed(self.seed, "offline")
         for file, indices in tqdm(parts, desc=f"offline {self.attack.name}", unit="chunk", disable=rank > 0):
             samples = [s for s in (dataset[i] for i in indices) if isinstance(s, Sample)]
             if file.exists():
-                found, passes = _read(file)
+                found, spent = _read(file)
                 if self.trainer.ckpt_path is None:  # else the checkpoint's account has them
-                    self.cost.attack_forwards += passes[0]
-                    self.cost.attack_backwards += passes[1]
+                    self.cost.attack_forwards += spent.attack_forwards
+                    self.cost.attack_backwards += spent.attack_backwards
+                    self.cost.seconds += spent.seconds
             else:
-                before = self.cost.attack_forwards, self.cost.attack_backwards
+                before, start = replace(self.cost), time.monotonic()
                 found = self.hunt(samples, seed)
-                passes = self.cost.attack_forwards - before[0], self.cost.attack_backwards - before[1]
-                _write(file, found, passes)
+                spent = Cost(
+                    attack_forwards=self.cost.attack_forwards - before.attack_forwards,
+                    attack_backwards=self.cost.attack_backwards - before.attack_backwards,
+                    seconds=time.monotonic() - start,
+                )
+                _write(file, found, spent)
             kept = [sample for sample in samples if sample.id in found]
             harmed += self.applied(kept, [found[sample.id] for sample in kept], seed)
         if not harmed:
@@ -208,17 +216,16 @@ class AdversarialTraining(Defense):
             )
         return harmed
 
-    def _claim(self, samples: int, own: Sequence[Path]) -> None:
+    def _claim(self, ids: Sequence[str], own: Sequence[Path]) -> None:
         """Write, or check, what the folder's set is made of."""
         assert self.attack is not None
         held = vars(self.attack)
-        given = (
-            key for key in inspect.signature(type(self.attack)).parameters if isinstance(held.get(key, ...), PLAIN)
-        )
+        options = {key: told(held[key]) for key in inspect.signature(type(self.attack)).parameters if key in held}
         about = {
             "attack": self.attack.name,
-            "options": {key: repr(held[key]) for key in given},
-            "samples": samples,
+            "options": {key: value for key, value in options.items() if value is not None},
+            "samples": len(ids),
+            "ids": hashlib.sha256("\n".join(ids).encode()).hexdigest()[:12],
             "processes": self.trainer.world_size,
             "seed": self.seed,
             "threat_model": repr(self.threat_model),
@@ -246,7 +253,14 @@ class AdversarialTraining(Defense):
 # What was found as plain values and tensors, so that reading a file can run no code.
 
 
-def _write(file: Path, found: Mapping[str, Found], passes: tuple[int, int]) -> None:
+def told(option: Any) -> str | None:
+    """An option of an attack as text that says what it is in every process; None where there is none."""
+    if callable(option):
+        return getattr(option, "__qualname__", None)
+    return repr(option) if isinstance(option, PLAIN) else None
+
+
+def _write(file: Path, found: Mapping[str, Found], spent: Cost) -> None:
     plain: dict[str, Any] = {}
     for key, f in found.items():
         if isinstance(f, Removal):
@@ -255,16 +269,16 @@ def _write(file: Path, found: Mapping[str, Found], passes: tuple[int, int]) -> N
             inputs = {name: x.detach().cpu() for name, x in f.inputs.items()}
             plain[key] = {"inputs": inputs, "words": {name: list(words) for name, words in f.words.items()}}
     temporary = file.with_suffix(".part")
-    torch.save({"found": plain, "passes": passes}, temporary)
+    torch.save({"found": plain, "spent": asdict(spent)}, temporary)
     os.replace(temporary, file)
 
 
-def _read(file: Path) -> tuple[dict[str, Found], tuple[int, int]]:
-    """What was found, and the forward and backward passes that it took."""
+def _read(file: Path) -> tuple[dict[str, Found], Cost]:
+    """What was found, and what that took."""
     try:
         content = torch.load(file, weights_only=True)
-        plain, passes = content["found"], content["passes"]
-    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        plain, spent = content["found"], Cost(**content["spent"])
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
         raise MuroanError(
             f"{file} is not a part of an adversarial set ({type(error).__name__}): remove it, and it is made anew"
         ) from None
@@ -272,4 +286,4 @@ def _read(file: Path) -> tuple[dict[str, Found], tuple[int, int]]:
         key: Perturbation(**f) if isinstance(f, dict) else Removal.of(*(Region(*region) for region in f))
         for key, f in plain.items()
     }
-    return found, passes
+    return found, spent

@@ -63,9 +63,13 @@ def forgiving(function: Callable[..., None]) -> Callable[..., None]:
 
 @forgiving
 def log_model(logger: Logger | None, checkpoint: Path, summary: Mapping[str, Any]) -> None:
-    """The best checkpoint as an artifact of type `model`; what `summary.json` says of it goes along."""
+    """The best checkpoint as an artifact of type `model`; what `summary.json` says of it goes along.
+
+    It is named after its weights: the attacks on it log the same one, which is kept once.
+    """
     if isinstance(logger, WandbLogger):
-        logger.experiment.log_artifact(_artifact(logger, "model", [checkpoint], summary))
+        name = f"model-{str(summary.get('weights'))[:12]}"
+        logger.experiment.log_artifact(_artifact(name, "model", [checkpoint], summary))
 
 
 @forgiving
@@ -76,12 +80,15 @@ def log_attack(
     classes: Sequence[str],
     summary: Mapping[str, Mapping[str, float | None]],
 ) -> None:
-    """The table of examples, the figures, and the records with `run.json` as an artifact of type `records`."""
+    """The table of examples, the figures, the checkpoint that was attacked, and the records with `run.json` as an
+    artifact of type `records`.
+    """
     if isinstance(logger, WandbLogger):
         logger.experiment.summary.update({f"summary/{name}": figure["value"] for name, figure in summary.items()})
         files = [folder.records_file, folder.path / "run.json"]
         about = {key: folder.run.get(key) for key in ("fingerprint", "checkpoint")}
-        logger.experiment.log_artifact(_artifact(logger, "records", files, about))
+        logger.experiment.log_artifact(_artifact(f"records-{logger.experiment.id}", "records", files, about))
+        log_attacked(logger, folder.run)
         logger.experiment.log({"examples": examples_table(records, classes)})
 
 
@@ -96,12 +103,22 @@ def log_certificates(logger: Logger | None, folder: CertificateFolder, summary: 
         logger.experiment.summary.update({f"summary/{name}": figure for name, figure in figures.items()})
         files = [folder.records_file, folder.path / "run.json", folder.path / "summary.json"]
         about = {key: folder.run.get(key) for key in ("fingerprint", "checkpoint")}
-        logger.experiment.log_artifact(_artifact(logger, "certificates", files, about))
+        name = f"certificates-{logger.experiment.id}"
+        logger.experiment.log_artifact(_artifact(name, "certificates", files, about))
+        log_attacked(logger, folder.run)
         logger.experiment.log({"certified": wandb.Image(str(folder.path / "certified.png"))})
 
 
-def _artifact(logger: WandbLogger, kind: str, files: Sequence[Path], about: Mapping[str, Any]) -> wandb.Artifact:
-    artifact = wandb.Artifact(f"{kind}-{logger.experiment.id}", kind, metadata=dict(about))
+def log_attacked(logger: WandbLogger, run: Mapping[str, Any]) -> None:
+    """The checkpoint that a run is of, if it is a file."""
+    checkpoint = run.get("checkpoint") or {}
+    path = checkpoint.get("path")
+    if path is not None and Path(path).is_file():
+        log_model(logger, Path(path), {"weights": checkpoint.get("sha256")})
+
+
+def _artifact(name: str, kind: str, files: Sequence[Path], about: Mapping[str, Any]) -> wandb.Artifact:
+    artifact = wandb.Artifact(name, kind, metadata=dict(about))
     for file in files:
         # Finished files of the job's own folder: there is no need of a copy beside them.
         artifact.add_file(str(file.absolute()), policy="immutable", skip_cache=True)
