@@ -69,8 +69,9 @@ class Decoupling(Attack):
             each one's fraction, so that a word is not worth 1/50,000 of an image; `parts`, the number of regions.
         modalities: attack these alone; null for all.
         target: reach this class (an index) instead of any wrong one. Samples of that class are skipped.
-        embedding: without labels: decouple until the largest entry of the fusion embedding is another one (`argmax`),
-            or until its cosine distance to the clean one reaches this number (0 to 2).
+        embedding: instead of a label: decouple until the largest entry of the fusion embedding is another one
+            (`argmax`), or until its cosine distance to the clean one reaches this number (0 to 2). Samples that the
+            model gets wrong are skipped all the same.
         valid_only: accept and ask only removals after which the label is still right, as the dataset tells.
         patience: stop after so many queries without a smaller flip; null for never. Without any flip, a search under
             a budget goes on until that is spent.
