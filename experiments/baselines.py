@@ -70,13 +70,18 @@ def corrupted(sweep: Sweep) -> list[Entry]:
     for dataset in sweep.datasets:
         chosen = [name for name in CORRUPTIONS[dataset] if not sweep.attacks or name in sweep.attacks]
         for severity in sweep.chosen["severities"].split(",") if chosen else ():
-            cells = sweep.cells(dataset, chosen, f"attack.severity={severity}")
+            # With ++, as Hydra looks for the option in its default attack before it comes to those of a sweep.
+            cells = sweep.cells(dataset, chosen, f"++attack.severity={severity}")
             found += [Entry(f"{dataset} · {m}", f"{name}, severity {severity}", cells[m, name]) for m, name in cells]
     return found
 
 
 def main() -> None:
-    quick = {"attacks": "decoupling,random_removal,sparse_rs,gaussian_noise", "values": "16", "severities": "3"}
+    quick = {
+        "attacks": "decoupling,random_removal,sparse_rs,gaussian_noise,word_masking",
+        "values": "16",
+        "severities": "3",
+    }
     sweep = Sweep(full={"values": "100", "severities": "1,3,5"}, quick=quick)
     known = {a for dataset in TRAINED for a in [*removing(dataset), *choosing(dataset), *CORRUPTIONS[dataset]]}
     if unknown := set(sweep.attacks) - known:

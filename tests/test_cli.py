@@ -128,6 +128,13 @@ def test_a_bad_option_is_one_line_and_leaves_no_run_behind(option: str, expected
     assert not (tmp_path / "run/run.json").exists()
 
 
+def test_an_option_of_swept_choices_is_told_how_to_be_given(tmp_path: Path) -> None:
+    """Hydra applies it to the default choice before it comes to the sweep, and advises a + that its jobs refuse."""
+    sweep = ("attack", "-m", "attack=gaussian_noise,salt_and_pepper", "attack.severity=1")
+    message = one_line(muroan(*sweep, cwd=tmp_path, check=False))
+    assert message.endswith("in the default attack, which has none: write ++attack.severity=1")
+
+
 @pytest.mark.parametrize("seed", ["abc", "-1"])
 def test_a_bad_seed_is_one_line(seed: str, trained: Path, tmp_path: Path) -> None:
     checkpoint = f"checkpoint={trained / 'best.ckpt'}"

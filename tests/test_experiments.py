@@ -431,7 +431,7 @@ class TestCommands:
             here(monkeypatch, workplace, "baselines", "quick")
         with (workplace / OUT / "values/values.csv").open() as file:
             rows = {row["attack"]: row["kind"] for row in csv.DictReader(file)}
-        assert rows == {"sparse_rs": "perturbation", "gaussian_noise": "corruption"}
+        assert rows == {"sparse_rs": "perturbation", "gaussian_noise": "corruption", "word_masking": "corruption"}
         written = (workplace / OUT / "values/values.csv").stat().st_mtime_ns
         here(monkeypatch, workplace, "baselines", "quick", "tabulate", "attacks=decoupling")
         assert (workplace / OUT / "values/values.csv").stat().st_mtime_ns == written

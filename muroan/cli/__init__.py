@@ -93,7 +93,7 @@ def main() -> None:
             sys.exit(f"muroan {command}: {INTERRUPTED}")
         raise
     except Exception as error:
-        if problem := launcher_problem(error):
+        if problem := launcher_problem(error) or sweep_problem(error, overrides):
             sys.exit(f"muroan {command}: {problem}")
         expected = (MuroanError, HydraException, OmegaConfBaseException)
         if trace or not (isinstance(error, expected) or type(error).__name__ == "MisconfigurationException"):
@@ -156,6 +156,19 @@ def launcher_problem(error: Exception) -> str | None:
     if str(error).startswith('Could not detect "srun"'):
         return "there is no SLURM here (no srun): hydra/launcher=submitit_local tries a sweep out"
     return None
+
+
+def sweep_problem(error: Exception, overrides: Sequence[str]) -> str | None:
+    """Where Hydra refuses an option of swept choices for the default one not having it; None for any other error."""
+    refused = re.match(r"Could not override '((\w+)\.[\w.]+)'", str(error))
+    if not refused:
+        return None
+    key, group = refused.groups()
+    swept = any(re.match(rf"{group}=.*,", override) for override in overrides)
+    typed = next((override for override in overrides if override.startswith(f"{key}=")), None)
+    if not swept or typed is None:
+        return None
+    return f"in a sweep over {group}= Hydra looks for {key} in the default {group}, which has none: write ++{typed}"
 
 
 def sweep_name(command: str, overrides: Sequence[str]) -> str:
