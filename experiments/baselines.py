@@ -94,9 +94,13 @@ def main() -> None:
         sweep.compare(table)
     sweep.samples = sweep.chosen["values"]
     values = [*entries(sweep, choosing), *corrupted(sweep)]
+    places = list(dict.fromkeys(entry.group for entry in values))
+    values.sort(key=lambda entry: places.index(entry.group))  # a model's attacks and corruptions together
     if any(entry.runs for entry in values):
         caption = (CHOOSING + BUDGET).format(values=sweep.samples, budget=sweep.budget)
-        sweep.write(Table("values", caption, metrics, values))
+        # A corruption has nothing to draw: it is one draw at one severity, whatever the queries.
+        attacks = {name for dataset in sweep.datasets for name in choosing(dataset)}
+        sweep.write(Table("values", caption, metrics, values, drawn=lambda entry: entry.name in attacks))
 
 
 if __name__ == "__main__":

@@ -497,6 +497,11 @@ class TestCommands:
         assert (tmp_path / "docs/tables/t/t.md").read_text() == ("old" if why else "new")
         assert (f"{OUT}/t is not published, {why}: docs/tables/t stays" in capsys.readouterr().out) == bool(why)
 
+    def test_a_model_has_one_part_of_each_published_table(self):
+        for page in (ROOT / "docs/tables").glob("*/*.md"):
+            heads = re.findall(r"^\| \*\*(.+?)\*\*", page.read_text(), re.MULTILINE)
+            assert len(set(heads)) == len(heads), page
+
     def test_published_tables_stay_without_the_runs(self, tmp_path, monkeypatch):
         """The page in the repository is what the published tables make."""
         shutil.copytree(ROOT / "docs/tables", tmp_path / "docs/tables")
