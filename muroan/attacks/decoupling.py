@@ -151,7 +151,7 @@ class Decoupling(Attack):
             return sample.size(removal)
         names = self.modalities or list(sample.modalities)
         removed = removed_elements(removal, sample.layouts)
-        totals = {name: sample.layouts[name].count for name in names}
+        totals = {name: max(1, sample.layouts[name].count) for name in names}
         if self.objective == "normalised":
             return 100 * sum(removed.get(name, 0).bit_count() / totals[name] for name in names) / len(names)
         share = sum(bits.bit_count() for bits in removed.values()) / sum(totals.values())

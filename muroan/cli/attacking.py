@@ -215,6 +215,7 @@ def finish_certify(config: DictConfig, folder: CertificateFolder, logger: Any) -
     before = json.loads(file.read_text())["attacks"] if file.exists() else {}
     summary["attacks"] = dict(before)
     deleted = folder.run["identity"]["certification"]["deleted"]
+    deleted = [deleted] if isinstance(deleted, str) else deleted
     for run in attacks:
         theirs, ours = run.about["identity"], folder.run["identity"]
         if "certification" not in theirs or any(theirs.get(key) != ours[key] for key in ("weights", "defense")):
