@@ -823,7 +823,7 @@ def test_validity_needs_someone_who_can_tell():
         ({"embedding": 2.5}, r"attack\.embedding must be .*, got 2\.5"),
         ({"embedding": float("nan")}, r"attack\.embedding must be .*, got nan"),
         ({"embedding": True}, r"attack\.embedding must be .*, got True"),
-        ({"patience": 0}, r"attack\.patience must be at least 1, or null, got 0"),
+        ({"patience": 0}, r"attack\.patience must be a whole number, at least 1, got 0"),
         ({"patience": 1.5}, r"attack\.patience must be .*, got 1\.5"),
         ({"modalities": []}, r"attack\.modalities .*got \[\]"),
         ({"modalities": "image"}, r"attack\.modalities .*got 'image'"),

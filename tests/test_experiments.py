@@ -323,9 +323,9 @@ class TestCommands:
         if not (workplace / OUT / "threat_model").exists():
             pytest.skip("needs the tables of the other tests")
         assert len(list(workplace.glob("outputs/train/*/best.ckpt"))) == 2
-        # decoupling, first, reference, random; on concat; image, text; sparse_rs, noise; four threat models, of which
-        # one has finer regions; random there
-        assert len(list(workplace.glob(f"{OUT}/attacks/*/records.jsonl"))) == 4 + 1 + 2 + 2 + 4 + 1
+        # decoupling, first, reference, random; on concat; image, text; sparse_rs, two corruptions; four threat models,
+        # of which one has finer regions; random there
+        assert len(list(workplace.glob(f"{OUT}/attacks/*/records.jsonl"))) == 4 + 1 + 2 + 3 + 4 + 1
 
     def test_transfer(self, workplace, monkeypatch):
         here(monkeypatch, workplace, "transfer", "quick")
