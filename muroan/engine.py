@@ -24,7 +24,7 @@ from torch import Tensor
 from muroan.attacks.base import Ask, Attack, AttackedSample, Response, Search, ThreatModel, Together
 from muroan.attacks.target import BudgetExhausted, Perturbation, Target
 from muroan.data.samples import Sample
-from muroan.errors import MuroanError
+from muroan.errors import MuroanError, check_whole
 from muroan.modalities import Layout, Region, Removal, removed_elements, stable_seed, word_edits
 from muroan.models.base import Features, MultimodalModel, Prediction, map_features, model_dtype
 from muroan.results import AttackResult, Count, Status
@@ -330,8 +330,7 @@ class QueryEngine:
             raise MuroanError("the model is in training mode, so that its answers are random: call model.eval() first")
         if precision not in AUTOCAST:
             raise MuroanError(f"precision must be one of {', '.join(AUTOCAST)}, got {precision!r}")
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise MuroanError(f"engine.batch_size must be a whole number, at least 1, got {batch_size!r}")
+        check_whole("engine", batch_size=batch_size)
         self.model, self.attack = model, attack
         self.threat_model = (threat_model or ThreatModel()).complete(model.modalities)
         self.batch_size, self.precision, self.seed = batch_size, precision, seed

@@ -109,6 +109,15 @@ class Run:
         return identity if isinstance(identity, dict) else {}
 
     @property
+    def hardening(self) -> dict[str, Any]:
+        """What decides how the model was hardened; empty where it was not. The folder of an offline set does not."""
+        config = self.about.get("config") or {}
+        if not config.get("defense"):
+            return {}
+        defense = {key: value for key, value in config["defense"].items() if key != "folder"}
+        return {"defense": defense, "hardening": config.get("hardening") or {}}
+
+    @property
     def rules(self) -> str:
         """What two attacks must have in common to be held against each other: what they may do, and what for."""
         return json.dumps([self.identity.get("threat_model"), self.goal], sort_keys=True)

@@ -260,7 +260,7 @@ class Group:
 
     @property
     def replacement(self) -> dict[str, str]:
-        threat_model = _identity(next(iter(self.rows.values()))).get("threat_model") or {}
+        threat_model = next(iter(self.rows.values())).identity.get("threat_model") or {}
         return {k: v for k, v in (threat_model.get("replacement") or {}).items() if v is not None}
 
 
@@ -324,11 +324,6 @@ def _unfit(run: Run) -> str:
     return "of a vote over ablations" if run.about.get("smoothed") else ""
 
 
-def _identity(run: Run) -> Mapping[str, Any]:
-    identity = run.about.get("identity")
-    return identity if isinstance(identity, dict) else {}
-
-
 def _seed(run: Run) -> tuple[int, str, str]:
     seed = str(run.about.get("seed"))
     return len(seed), seed, run.folder
@@ -338,7 +333,7 @@ def _setup(run: Run) -> str:
     """All that the runs of a group have in common. Other options of the dataset may differ, such as image sizes:
     samples are known by their ids.
     """
-    about, identity = run.about, _identity(run)
+    about, identity = run.about, run.identity
     listed = (identity.get("dataset") or {}).get("content")
     data = [run.dataset, listed, about["classes"], sorted(about.get("modalities", ()))]
     return json.dumps([data, run.attack, identity.get("attack"), identity.get("threat_model")], sort_keys=True)
@@ -374,7 +369,7 @@ def _model_names(group: Sequence[Run]) -> dict[tuple[str, str, str], str]:
 
 def _only(run: Run, attack: bool) -> Run:
     """The run with what tells attacks, or else models, apart as its identity."""
-    identity, config = _identity(run), run.about.get("config") or {}
+    identity, config = run.identity, run.about.get("config") or {}
     keys = ("attack", "threat_model") if attack else ("model", "seed")
     own = {key: identity.get(key) for key in keys}
     own |= {} if attack else {key: config.get(key) for key in ("training", "defense")}
@@ -414,7 +409,7 @@ def _asked(groups: Sequence[Group], build: Build, batch_size: int, device: str |
     cells: dict[tuple[str, str, str], Cell] = {}
     for number, (target, run) in enumerate(about.items(), start=1):
         data, model = trained(run, build)
-        attacked_in = str(_identity(run).get("precision"))
+        attacked_in = str(run.identity.get("precision"))
         model = model.eval().to(device=device, dtype=TRUE.get(attacked_in))
         precision = {"bf16-mixed": "bf16", "16-mixed": "16"}.get(attacked_in, "32")
         for group in groups:

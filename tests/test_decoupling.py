@@ -19,6 +19,7 @@ import muroan
 from muroan.attacks.base import Ask
 from muroan.attacks.decoupling import Decoupling
 from muroan.attacks.universe import Universe, ascending, cheaper
+from muroan.callbacks import AttackCallback
 from muroan.errors import MuroanError
 from muroan.modalities import Region, Removal
 from muroan.results import AttackResult
@@ -471,6 +472,17 @@ def test_the_trajectory_leads_to_the_result(name, queries):
     assert list(asked) == sorted(asked)
     assert 1 <= asked[0] <= asked[-1] <= record.queries
     assert record.decoupled_fraction == pytest.approx(fractions[-1])
+
+
+def test_what_another_goal_is_called(tmp_path):
+    goals = {
+        "": Decoupling(),
+        "class number 2": Decoupling(target=2),
+        "another fusion embedding": Decoupling(embedding="argmax"),
+        "another label with the old label still right": Decoupling(valid_only=True),
+    }
+    for goal, attack in goals.items():
+        assert AttackCallback(attack, tmp_path, {}).run["goal"] == attack.goal == goal
 
 
 def test_the_trajectory_goes_by_the_objective():

@@ -427,6 +427,22 @@ def test_co_attack_replaces_one_word_by_a_near_one():
         assert bool(flipped[row]) == (int(logits.argmax()) != sample.label)
 
 
+def test_words_that_move_as_far_up_to_rounding_go_by_position(monkeypatch):
+    """Equal words of a text do, and which of them seems to move further depends on the batch."""
+    model = Toy(IMAGE | TEXT)
+    target = target_of(model, samples_of(model, 3))
+    z = target.clean.embedding[0]
+    monkeypatch.setattr(
+        CoAttack,
+        "_moved",
+        lambda self, target, name, rows, texts, admissible: [(0.5 + 1e-7 * i, False, z) for i in range(len(rows))],
+    )
+    words, *_ = CoAttack(candidates=2).replace_words(target, "text")
+    nearest = [CoAttack(candidates=2).nearest(target, "text", row, 0)[0] for row in range(3)]
+    assert [own[0] for own in words] == nearest, "the first word, by the first candidate"
+    assert [own[1:] for own in words] == [sample.layouts["text"].words[1:] for sample in target.samples]
+
+
 def test_co_attack_stays_in_its_ball():
     model = Toy(IMAGE | TEXT | AUDIO)
     records = attacked(model, CoAttack(0.1, 10), samples_of(model, 20))

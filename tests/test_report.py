@@ -413,6 +413,7 @@ class TestRuns:
     def test_what_reaches_another_goal_does_not_lead(self, tmp_path, no_curves):
         turned = [replace(r, adversarial_label=r.label) for r in attack_records("e", pictured(0, 20), 1, success=1.0)]
         write_run(tmp_path / "e", "decoupling_embedding", "m", "d", turned)
+        write_run(tmp_path / "o", "of_ones_own", "m", "d", turned)  # of which nothing but its records tells
         write_run(tmp_path / "g", "guided", "m", "d", attack_records("guided", pictured(0, 20), 1, success=0.5))
         assert _strongest(find_runs([tmp_path])).attack == "guided"
 

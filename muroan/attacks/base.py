@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 from muroan.attacks.target import BudgetExhausted, Perturbation, Target
-from muroan.errors import MuroanError
+from muroan.errors import MuroanError, check_whole
 from muroan.modalities import Layout, Modality, Region, Removal, removed_elements
 
 __all__ = ["Ask", "Attack", "AttackedSample", "BatchAttack", "BudgetExhausted", "Perturbation", "Response", "Search"]
@@ -119,10 +119,7 @@ class ThreatModel:
         min_side = {n: m.min_side for n, m in modalities.items()} | _given(self.min_side, modalities)
         for name, modality in modalities.items():
             modality.check_replacement(name, replacement[name])
-            if not isinstance(min_side[name], int) or min_side[name] < 1:
-                raise MuroanError(
-                    f"threat_model.min_side.{name} must be a whole number, at least 1, got {min_side[name]!r}"
-                )
+            check_whole("threat_model.min_side", **{name: min_side[name]})
             if int(min_side[name]) != modality.min_side:  # the default is there for every size
                 modality.check_min_side(name, int(min_side[name]))
         if self.max_queries is not None and (not isinstance(self.max_queries, int) or self.max_queries < 1):

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from muroan.cli.jobs import identity, of
 from muroan.cli.parts import begin_tracking, build, find_checkpoint, other_training, tracker, trainer_options, versions
-from muroan.errors import MuroanError
+from muroan.errors import MuroanError, check_whole
 
 log = logging.getLogger("muroan")
 
@@ -95,8 +95,7 @@ def check_training(config: DictConfig, section: str) -> None:
         value = options.get(name, least)
         if value is None and name == "batches":
             continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise MuroanError(f"{section}.{name} must be a whole number, at least {least}, got {value!r}")
+        check_whole(section, least, **{name: value})
     for name in ("lr", "weight_decay", "warmup", "clip"):
         value = options[name]
         if value is None and name == "clip":

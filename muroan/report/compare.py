@@ -283,18 +283,11 @@ def _rows(runs: Sequence[Run], pool: bool) -> tuple[list[Row], list[str]]:
 
 def _setup(run: Run) -> str:
     """All that two runs have in common that are repeats with another seed."""
-    identity = run.about.get("identity")
-    if not isinstance(identity, dict):
+    if not run.identity:
         return run.folder  # written by another program: nothing says what it repeats
-    own = {key: value for key, value in identity.items() if key not in ("seed", "weights")}
+    own = {key: value for key, value in run.identity.items() if key not in ("seed", "weights")}
     # Training is no part of an attack's identity, which has the hash of its outcome instead.
-    config = run.about.get("config") or {}
-    hardened = {}
-    if config.get("defense"):
-        # The folder of an offline set is the job's own.
-        defense = {key: value for key, value in config["defense"].items() if key != "folder"}
-        hardened = {"defense": defense, "hardening": config.get("hardening")}
-    return json.dumps([run.dataset, run.model, run.attack, own, run.training, hardened], sort_keys=True)
+    return json.dumps([run.dataset, run.model, run.attack, own, run.training, run.hardening], sort_keys=True)
 
 
 def _targets(rows: Sequence[Row]) -> list[Target]:

@@ -399,16 +399,12 @@ def _base(run: Run) -> str:
 def _effort(run: Run) -> str:
     """How long, and how, a model was hardened, whatever by."""
     told = ("epochs", "batches", "lr", "weight_decay", "warmup", "clip", "start")
-    hardening = (run.about.get("config") or {}).get("hardening") or {}
+    hardening = run.hardening.get("hardening", {})
     return json.dumps({key: hardening.get(key) for key in told})
 
 
 def _options(run: Run) -> dict[str, Any]:
-    config, found = run.about.get("config") or {}, run.training
-    if not run.about.get("defense"):
-        return found
-    defense = {key: value for key, value in (config.get("defense") or {}).items() if key != "folder"}
-    return {"defense": defense, "hardening": config.get("hardening") or {}, **found}
+    return {**run.hardening, **run.training}
 
 
 # Of an attack's identity: what is no setting of the attack, and what has words of its own.
@@ -418,7 +414,7 @@ SAID = ("attack.run", "dataset.test_limit", "threat_model.max_queries", "attack.
 
 def _variant(run: Run) -> tuple[str, ...]:
     """What tells an attack from the same one under other conditions."""
-    identity = run.about.get("identity") or {}
+    identity = run.identity
     attack, budget = identity.get("attack"), (identity.get("threat_model") or {}).get("max_queries")
     valid_only = isinstance(attack, dict) and attack.get("valid_only")
     words = [f"{whole(budget)} queries" if budget else "no limit", "valid flips" if valid_only else "all flips"]

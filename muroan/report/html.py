@@ -135,7 +135,7 @@ def _strongest(group: Sequence[Run]) -> Run:
 
     def rank(run: Run) -> tuple[bool, bool, bool, float]:
         guided = run.is_guided and run.kind == "removal"
-        return not run.goal, guided, not run.is_control, run.value("attack_success_rate") or 0.0
+        return run.mislabels and not run.goal, guided, not run.is_control, run.value("attack_success_rate") or 0.0
 
     return max(group, key=rank)
 
