@@ -3,8 +3,11 @@
     python benchmarks/engine.py                                  # the demo's model and data, on the CPU
     python benchmarks/engine.py --checkpoint outputs/demo/model/best.ckpt
     python benchmarks/engine.py --model concat                   # or another small one of conf/model
-    python benchmarks/engine.py --model mmbt_full --device cuda --precision bf16  # in full size, random weights
+    python benchmarks/engine.py --model mmbt_full --device cuda --precision bf16 # or vilt: full size, random weights
     python benchmarks/engine.py --sequential-samples 0 --attacks decoupling --reuse on    # some attacks alone
+    python benchmarks/engine.py --model vilt --device cuda --precision bf16 --processes 4  # several on one GPU
+
+*Overhead* is the share of the time that the same encodings and fusions would not take in full batches alone.
 
 All figures come from one run on the same samples and model; compare them with each other, not across machines. Bare
 forwards are timed before and after whatever is held against them: a machine may be slower a minute later.
@@ -15,16 +18,18 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
 import platform
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -44,6 +49,7 @@ from muroan.models.base import MultimodalModel
 from muroan.results import AttackResult
 
 SMALL = ["mmbt", "cross_attention", "concat", "late_fusion"]
+FULL = ["mmbt_full", "vilt"]
 
 
 def small_model(name: str, checkpoint: str | None, samples: int) -> tuple[MultimodalModel, list[Sample]]:
@@ -77,16 +83,22 @@ def small_model(name: str, checkpoint: str | None, samples: int) -> tuple[Multim
     return model, [s for s in data.prepared("test") if isinstance(s, Sample)]
 
 
-def full_model(samples: int) -> tuple[MultimodalModel, list[Sample]]:
-    """The full-size MMBT with random weights on noise images and made-up words: speed does not depend on them."""
+def full_model(name: str, samples: int) -> tuple[MultimodalModel, list[Sample]]:
+    """A model in full size with random weights on noise images and made-up words: speed does not depend on them."""
     from muroan.data.samples import Example, PreparedDataset
     from muroan.modalities import Image, Text, WordTokenizer
+    from muroan.models.huggingface import Vilt
     from muroan.models.mmbt_full import MMBTFull
 
     torch.manual_seed(0)
     words = [f"w{i}" for i in range(2000)]
     modalities = {"image": Image((224, 224)), "text": Text(WordTokenizer(words), 32)}
-    model = MMBTFull(modalities, 2, bert={}, resnet={}, max_length=32).eval()
+    if name == "mmbt_full":
+        model: MultimodalModel = MMBTFull(modalities, 2, bert={}, resnet={}, max_length=32).eval()
+    else:
+        with TemporaryDirectory() as folder:
+            save_vilt(Path(folder), words)
+            model = Vilt(modalities, 2, folder, max_length=32).eval()
     rng = np.random.default_rng(0)
     examples = [
         Example(
@@ -100,6 +112,23 @@ def full_model(samples: int) -> tuple[MultimodalModel, list[Sample]]:
         for i in range(samples)
     ]
     return model, [s for s in PreparedDataset(examples, model.modalities, 2) if isinstance(s, Sample)]
+
+
+def save_vilt(folder: Path, words: list[str]) -> None:
+    """A checkpoint of ViLT-B/32 with random weights and a tokenizer of these words."""
+    from transformers import BertTokenizerFast, ViltConfig, ViltForQuestionAnswering
+
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    BertTokenizerFast(vocab={word: i for i, word in enumerate(vocabulary)}).save_pretrained(folder)
+    ViltForQuestionAnswering(ViltConfig(num_labels=2)).save_pretrained(folder)
+    numbers = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(numbers))
+
+
+def model_of(arguments: argparse.Namespace) -> tuple[MultimodalModel, list[Sample]]:
+    if arguments.model in FULL:
+        return full_model(arguments.model, arguments.samples)
+    return small_model(arguments.model, arguments.checkpoint, arguments.samples)
 
 
 def narrowed(device: torch.device, precision: str) -> torch.autocast:
@@ -212,45 +241,38 @@ REMOVAL_ATTACKS: dict[str, Callable[[], Attack]] = {
 }
 
 
-class Stopwatch:
-    """How long the parts of a model run, while it is open; on a GPU each part waits for its end."""
-
-    def __init__(self, model: MultimodalModel, device: torch.device):
-        self.model, self.device, self.seconds = model, device, 0.0
-
-    def __enter__(self) -> Stopwatch:
-        for part in ("encode", "fuse", "head"):
-            setattr(self.model, part, self._timed(getattr(self.model, part)))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for part in ("encode", "fuse", "head"):
-            delattr(self.model, part)  # the class's own show again
-
-    def _timed(self, function: Callable[..., object]) -> Callable[..., object]:
-        def run(*arguments: object) -> object:
-            seconds, result = timed(lambda: function(*arguments), self.device)
-            self.seconds += seconds
-            return result
-
-        return run
-
-
-def beside_bare(
-    engine: QueryEngine, samples: list[Sample], watch: Stopwatch | None = None
-) -> tuple[float, list[AttackResult], float]:
+def beside_bare(engine: QueryEngine, samples: list[Sample]) -> tuple[float, list[AttackResult], float]:
     """Seconds that an engine takes and what it finds; bare forwards a second, the mean of before and after."""
-
-    def run() -> list[AttackResult]:
-        with watch or nullcontext():
-            return list(engine.run(samples))
 
     def bare() -> float:
         return bare_forwards(engine.model, samples, engine.batch_size, 2.0, engine.precision)
 
     before = bare()
-    seconds, found = timed(run, engine.device)
+    seconds, found = timed(lambda: list(engine.run(samples)), engine.device)
     return seconds, found, (before + bare()) / 2  # type: ignore[return-value]
+
+
+def parts(model: MultimodalModel, samples: list[Sample], size: int, precision: str) -> dict[str, float]:
+    """Seconds a row that encoding each modality takes, and what comes after, in full batches and nothing else."""
+    device = next(model.parameters()).device
+    batch = Batch.of([samples[i % len(samples)] for i in range(size)]).to(device)
+    inputs = {name: x[batch.rows[name]] for name, x in batch.inputs.items()}
+
+    def often(work: Callable[[], object]) -> float:
+        with torch.inference_mode(), narrowed(device, precision):
+            once = min(timed(work, device)[0] for _ in range(3))
+            repeats = max(3, int(0.5 / max(once, 1e-5)))
+            return timed(lambda: [work() for _ in range(repeats)], device)[0] / repeats / size
+
+    with torch.inference_mode(), narrowed(device, precision):
+        features = {name: model.encode(name, x) for name, x in inputs.items()}
+    found = {name: often(partial(model.encode, name, x)) for name, x in inputs.items()}
+    return found | {"": often(lambda: model.head(model.fuse(features)))}
+
+
+def alone(engine: QueryEngine, seconds: dict[str, float]) -> float:
+    """Seconds that what an engine has run would take in full batches and without anything else."""
+    return seconds[""] * engine.statistics.rows + sum(seconds[m] * n for m, n in engine.statistics.encoded.items())
 
 
 # What is encoded once alone: nothing, whole inputs, or what removals leave of them, too.
@@ -287,24 +309,67 @@ def beside_loop(arguments: argparse.Namespace, model: MultimodalModel, samples: 
     return ratios
 
 
+def engine_of(arguments: argparse.Namespace, model: MultimodalModel, attack: str, size: int, reuse: str) -> QueryEngine:
+    limit, removal = ThreatModel(max_queries=arguments.max_queries), REMOVAL_ATTACKS[attack]()
+    features = REUSE[reuse][0]
+    return QueryEngine(model, removal, limit, size, arguments.precision, keep_media=0, reuse_features=features)
+
+
 def by_attack(arguments: argparse.Namespace, model: MultimodalModel, samples: list[Sample], size: int) -> dict:
-    """Forwards a second of each removal attack over bare forwards, what it encodes, and where its time goes."""
-    device, precision = next(model.parameters()).device, arguments.precision
+    """Forwards a second of each removal attack over bare forwards, what it encodes, and what else takes time."""
     ratios = {}
-    print(f"{'attack':22s} {'reuse':5s} {'forwards/s':>10s} {'of bare':>8s} {'in the model':>13s}  encoded")
+    print(f"{'attack':22s} {'reuse':5s} {'forwards/s':>10s} {'of bare':>8s} {'overhead':>9s}  encoded")
     for name, reuse in itertools.product(arguments.attacks, arguments.reuse):
-        features, batches = REUSE[reuse]
-        limit, attack = ThreatModel(max_queries=arguments.max_queries), REMOVAL_ATTACKS[name]()
-        engine = QueryEngine(model, attack, limit, size, precision, keep_media=0, reuse_features=features)
-        watch = Stopwatch(model, device)
-        with patch.object(muroan.engine, "BATCHES", batches):
-            seconds, _, bare = beside_bare(engine, samples, watch)
+        engine = engine_of(arguments, model, name, size, reuse)
+        with patch.object(muroan.engine, "BATCHES", REUSE[reuse][1]):
+            before = parts(model, samples, size, arguments.precision)
+            seconds, _, bare = beside_bare(engine, samples)
+            after = parts(model, samples, size, arguments.precision)
         rate, rows = engine.statistics.rows / seconds, engine.statistics.rows
         ratios[f"{name}, reuse {reuse}"] = rate / bare
-        share = 100 * watch.seconds / seconds
+        overhead = 1 - alone(engine, {part: (before[part] + after[part]) / 2 for part in before}) / seconds
         encoded = ", ".join(f"{100 * n / rows:.0f} % {m}" for m, n in engine.statistics.encoded.items())
-        print(f"{name:22s} {reuse:5s} {rate:10.0f} {rate / bare:8.2f} {share:11.0f} %  {encoded}", flush=True)
+        print(f"{name:22s} {reuse:5s} {rate:10.0f} {rate / bare:8.2f} {100 * overhead:7.0f} %  {encoded}", flush=True)
     return ratios
+
+
+def beside_each_other(arguments: argparse.Namespace, model: MultimodalModel, samples: list[Sample], size: int) -> dict:
+    """The same by several processes on one device at once, as jobs of a sweep are, over bare forwards of one alone."""
+    ratios = {}
+    print(f"{'attack':22s} {'processes':>9s} {'forwards/s':>10s} {'of bare':>8s} {'overhead':>9s}")
+    context = multiprocessing.get_context("spawn")
+    for name, count in itertools.product(arguments.attacks, arguments.processes):
+        seconds = parts(model, samples, size, arguments.precision)
+        bare = bare_forwards(model, samples, size, 2.0, arguments.precision)
+        ready, results = context.Barrier(count), context.Queue()
+        given = (arguments, name, size, seconds, ready, results)
+        work = [context.Process(target=one_of_several, args=given) for _ in range(count)]
+        for process in work:
+            process.start()
+        starts, ends, rows, least = zip(*(results.get() for _ in work), strict=True)
+        for process in work:
+            process.join()
+        wall = max(ends) - min(starts)
+        rate, overhead = sum(rows) / wall, 1 - sum(least) / wall
+        ratios[f"{name}, {count} processes"] = rate / bare
+        print(f"{name:22s} {count:9d} {rate:10.0f} {rate / bare:8.2f} {100 * overhead:7.0f} %", flush=True)
+    return ratios
+
+
+def one_of_several(
+    arguments: argparse.Namespace, attack: str, size: int, seconds: dict[str, float], ready: Any, results: Any
+) -> None:
+    """What one process does: tells when it began and ended, its forwards, and the seconds that these take alone."""
+    device = torch.device(arguments.device)
+    model, samples = model_of(arguments)
+    model = model.to(device)
+    samples = relabel(model, samples, device, arguments.precision)
+    list(engine_of(arguments, model, "random_removal", size, "on").run(samples))  # until all is warm
+    engine = engine_of(arguments, model, attack, size, "on")
+    ready.wait()
+    start = time.time()
+    took, _ = timed(lambda: list(engine.run(samples)), device)
+    results.put((start, start + took, engine.statistics.rows, alone(engine, seconds)))
 
 
 def peak_memory(arguments: argparse.Namespace, samples: int) -> float:
@@ -317,7 +382,9 @@ def peak_memory(arguments: argparse.Namespace, samples: int) -> float:
 
 def memory_of(arguments: argparse.Namespace) -> float:
     count, device = arguments.memory_of, torch.device(arguments.device)
-    model, samples = full_model(64) if arguments.model == "mmbt_full" else small_model(arguments.model, None, 256)
+    model, samples = (
+        full_model(arguments.model, 64) if arguments.model in FULL else small_model(arguments.model, None, 256)
+    )
     model = model.to(device)
     engine = QueryEngine(model, RandomRemoval(draws=4), batch_size=arguments.batch_sizes[0], keep_media=0)
     stream = (replace(samples[i % len(samples)], id=str(i), index=i) for i in range(count))
@@ -330,14 +397,15 @@ def memory_of(arguments: argparse.Namespace) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=[*SMALL, "mmbt_full"], default="mmbt")
+    parser.add_argument("--model", choices=[*SMALL, *FULL], default="mmbt")
     parser.add_argument("--checkpoint")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="32", choices=list(AUTOCAST))
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--sequential-samples", type=int, default=20, help="0 leaves the loop out")
     parser.add_argument("--attacks", nargs="+", choices=list(REMOVAL_ATTACKS), default=list(REMOVAL_ATTACKS))
-    parser.add_argument("--reuse", nargs="+", choices=list(REUSE), default=list(REUSE))
+    parser.add_argument("--reuse", nargs="*", choices=list(REUSE), default=list(REUSE))
+    parser.add_argument("--processes", nargs="*", type=int, default=[], help="so many at once, on the same device")
     parser.add_argument("--max-queries", type=int, default=500)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[32, 64, 128, 256])
     parser.add_argument("--memory", type=int, nargs="*", default=[100, 1000, 5000])
@@ -347,10 +415,7 @@ def main() -> None:
         print(memory_of(arguments))
         return
     device = torch.device(arguments.device)
-    if arguments.model == "mmbt_full":
-        model, samples = full_model(arguments.samples)
-    else:
-        model, samples = small_model(arguments.model, arguments.checkpoint, arguments.samples)
+    model, samples = model_of(arguments)
     model = model.to(device)
     if arguments.checkpoint is None:
         samples = relabel(model, samples, device, arguments.precision)
@@ -364,7 +429,8 @@ def main() -> None:
     print("bare forwards/s by batch size: " + ", ".join(f"{size}: {rate:.0f}" for size, rate in bare.items()))
 
     ratios = {} if arguments.sequential_samples == 0 else beside_loop(arguments, model, samples, best)
-    ratios |= by_attack(arguments, model, samples, best)
+    ratios |= by_attack(arguments, model, samples, best) if arguments.reuse else {}
+    ratios |= beside_each_other(arguments, model, samples, best) if arguments.processes else {}
     if arguments.memory:
         peaks = {count: peak_memory(arguments, count) for count in arguments.memory}
         print("peak memory, MiB, by samples: " + ", ".join(f"{n}: {mib:.0f}" for n, mib in peaks.items()))

@@ -25,11 +25,12 @@ from muroan.attacks.base import Ask, Attack, AttackedSample, Response, Search, T
 from muroan.attacks.target import BudgetExhausted, Perturbation, Target
 from muroan.data.samples import Sample
 from muroan.errors import MuroanError, check_whole
-from muroan.modalities import Layout, Region, Removal, removed_elements, stable_seed, word_edits
+from muroan.modalities import ElementSet, Layout, Region, Removal, removed_elements, stable_seed, word_edits
 from muroan.models.base import Features, MultimodalModel, Prediction, map_features, model_dtype
 from muroan.results import AttackResult, Count, Status
 
-# What is removed, however it is spelled: the element set of each touched modality, in the model's order.
+# What is removed of a sample, however it is spelled: of each touched modality, in the model's order, the number that
+# its search has given to the set of removed elements. The sets themselves are long numbers, slow to tell apart.
 Key = tuple[tuple[str, int], ...]
 
 # The engine's own phases: they cost forwards and are no queries of the attacker's.
@@ -55,6 +56,28 @@ class _Question:
     removal: Removal = field(default_factory=Removal)
     fresh: bool = False
     work: Callable[[list[_Live]], Sequence[Any]] | None = None
+
+
+@dataclass(eq=False, slots=True)
+class _Sent:
+    """A batch that the model has been given.
+
+    Attributes:
+        packed: (B, C + 4) on the CPU, what `_numbers` makes of the model's answers; a GPU may still be at it.
+        classes: C.
+        done: tells when a GPU has filled `packed`; None where it is filled.
+    """
+
+    questions: list[_Question]
+    packed: Tensor
+    classes: int
+    done: torch.cuda.Event | None
+
+    def wait(self) -> np.ndarray:
+        """`packed`, as soon as it is filled."""
+        if self.done is not None:
+            self.done.synchronize()
+        return self.packed.numpy()
 
 
 Conversation = Generator[list[_Question], None, AttackResult]
@@ -88,6 +111,7 @@ class _Live:
     Attributes:
         number: unique among all samples of the engine; slot: where the sample's tensors lie in the store.
         budget: queries left; queries: asked so far.
+        sets: of each modality the sets of removed elements so far, and their numbers, from 1.
         flips: (queries, the attack's cost, decoupled fraction in percent) of every one that was seen.
         answers: every answer so far. `asked` are the keys that the search has been given answers to: the engine may
             know more than that, having run ahead, and the ledger must not depend on it.
@@ -109,6 +133,7 @@ class _Live:
     verified: Response | None = None
     told: Any = None
     view: AttackedSample | None = None
+    sets: dict[str, dict[ElementSet, int]] = field(default_factory=dict)
     flips: list[tuple[int, float, float]] = field(default_factory=list)
     ledger: dict[str, Count] = field(default_factory=dict)
     wanted: deque[_Question] = field(default_factory=deque)
@@ -118,8 +143,12 @@ class _Live:
     rng: np.random.Generator | None = None
 
     def key(self, removal: Removal) -> Key:
-        removed = removed_elements(removal, self.sample.layouts)
-        return tuple((name, removed[name]) for name in self.sample.layouts if name in removed)
+        removed, key = removed_elements(removal, self.sample.layouts), []
+        for name in self.sample.layouts:
+            if name in removed:
+                sets = self.sets.setdefault(name, {})
+                key.append((name, sets.setdefault(removed[name], len(sets) + 1)))
+        return tuple(key)
 
     def answered(self, key: Key, phase: str) -> Response:
         """Give out an answer and enter it into the ledger."""
@@ -135,10 +164,8 @@ class _Live:
                 self.queries += 1
         return self.answers[key]
 
-    def note_flip(self, key: Key, cost: float) -> None:
+    def note_flip(self, cost: float, fraction: float) -> None:
         """Enter a flip, as many queries after the start."""
-        total = sum(layout.count for layout in self.sample.layouts.values())
-        fraction = 100 * sum(bits.bit_count() for _, bits in key) / total
         self.flips.append((self.queries, cost, fraction))
 
     def affordable(self, key: Key, phase: str) -> bool:
@@ -205,16 +232,19 @@ class _Store:
         self.labels = torch.zeros(slots, dtype=torch.long, device=device)
 
     def tensor(self, values: Any) -> Tensor:
-        # Made on a GPU, it would wait for all that the GPU has been given to do.
-        return torch.tensor(values).to(self.device, non_blocking=True)
+        return self.moved(torch.tensor(values))
+
+    def moved(self, x: Tensor) -> Tensor:
+        """A tensor of the CPU's on the model's device, without waiting for what a GPU has been given to do before."""
+        return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x.to(self.device)
 
     def _room(self, like: Tensor) -> Tensor:
         return torch.zeros((self.slots, *like.shape[1:]), dtype=like.dtype, device=self.device)
 
     def admit(self, samples: Sequence[tuple[int, Sample, int]]) -> None:
         """Put samples into slots: (slot, sample, seed of its noise) each."""
-        rows = torch.tensor([slot for slot, _, _ in samples], device=self.device)
-        self.labels[rows] = torch.tensor([s.label for _, s, _ in samples], device=self.device)
+        rows = self.tensor([slot for slot, _, _ in samples])
+        self.labels[rows] = self.tensor([s.label for _, s, _ in samples])
         for name, modality in self.model.modalities.items():
             replacement = self.threat_model.replacement[name]
             # One by one: what stands in for removed elements must not depend on who is admitted together.
@@ -225,7 +255,7 @@ class _Store:
     def _fill(self, store: dict[str, Tensor], name: str, rows: Tensor, values: list[Tensor]) -> None:
         if values:
             stacked = torch.stack(values)
-            stacked = stacked.to(self.device, self.dtype if stacked.is_floating_point() else None)
+            stacked = self.moved(stacked.to(self.dtype) if stacked.is_floating_point() else stacked)
             if name not in store:
                 store[name] = self._room(stacked)
             store[name][rows] = stacked
@@ -306,6 +336,8 @@ class QueryEngine:
         still_valid: the dataset's; see `MultimodalData.still_valid`.
         on_found: is told what each search returned, whether it flips or not.
         audit: False leaves out whether parts of a flip can be put back: `one_minimal` and `interaction` stay None.
+        ahead: full batches that the model is given before the answers to an earlier one are awaited, so that a GPU
+            computes while searches think; None for 1 on a GPU and 0 elsewhere.
 
     Raises:
         MuroanError: the model is in training mode, or the threat model does not fit it.
@@ -325,6 +357,7 @@ class QueryEngine:
         still_valid: StillValid | None = None,
         on_found: Callable[[Sample, Removal | Perturbation], None] | None = None,
         audit: bool = True,
+        ahead: int | None = None,
     ):
         if any(module.training for module in model.modules()):
             raise MuroanError("the model is in training mode, so that its answers are random: call model.eval() first")
@@ -339,8 +372,10 @@ class QueryEngine:
         self.on_found, self.audit = on_found, audit
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.statistics = EngineStatistics(encoded=dict.fromkeys(model.modalities, 0))
-        self._store = _Store(model, self.threat_model, batch_size, self.device)
-        self._free = list(range(batch_size))[::-1]
+        self.ahead = int(self.device.type == "cuda") if ahead is None else ahead
+        slots = batch_size * (1 + self.ahead)
+        self._store = _Store(model, self.threat_model, slots, self.device)
+        self._free = list(range(slots))[::-1]
         self._waiting: deque[Sample] = deque()
         self._admitted = 0
         self._live: dict[int, _Live] = {}  # by slot, in order of admission
@@ -362,7 +397,7 @@ class QueryEngine:
     def push(self, samples: Iterable[Sample]) -> Iterator[AttackResult]:
         """Take samples in and work while full batches can be packed; the rest waits for more or for `drain`."""
         self._waiting.extend(samples)
-        return self._work(lambda: sum(len(live.wanted) for live in self._live.values()) >= self.batch_size)
+        return self._work(lambda: self._wanted >= self.batch_size)
 
     def drain(self) -> Iterator[AttackResult]:
         """Finish all searches."""
@@ -370,27 +405,47 @@ class QueryEngine:
 
     def _work(self, go_on: Callable[[], bool]) -> Iterator[AttackResult]:
         self._admit()
-        while go_on():
-            questions = self._pack()
-            work = questions[0].work
-            answers = self._ask(questions) if work is None else work([question.live for question in questions])
-            touched: dict[int, _Live] = {}
-            for question, answer in zip(questions, answers, strict=True):
-                live = touched.setdefault(question.live.slot, question.live)
-                live.in_flight -= 1
-                if work is not None:
-                    live.told = answer
-                elif question.fresh:
-                    live.verified = answer
+        sent: deque[list[_Sent]] = deque()
+        while sent or go_on():
+            # One batch that is not full would only be the first half of the next.
+            if go_on() and (not sent or (len(sent) <= self.ahead and self._wanted >= self.batch_size)):
+                questions = self._pack()
+                work = questions[0].work
+                if work is None:
+                    sent.append(self._send(questions))
+                    if len(sent) <= self.ahead:
+                        continue
                 else:
-                    live.answers[question.key] = answer
-            for live in touched.values():
-                result = self._advance(live)
-                if result is not None:
-                    del self._live[live.slot]
-                    self._free.append(live.slot)
-                    yield result
-            self._admit()
+                    told = work([question.live for question in questions])
+                    yield from self._take(zip(questions, told, strict=True))
+                    continue
+            for batch in sent.popleft():
+                yield from self._take(zip(batch.questions, self._receive(batch), strict=True))
+
+    def _take(self, answers: Iterable[tuple[_Question, Any]]) -> Iterator[AttackResult]:
+        """Let searches go on with answers to their questions; results of those that end."""
+        touched: dict[int, _Live] = {}
+        for question, answer in answers:
+            live = touched.setdefault(question.live.slot, question.live)
+            live.in_flight -= 1
+            if question.work is not None:
+                live.told = answer
+            elif question.fresh:
+                live.verified = answer
+            else:
+                live.answers[question.key] = answer
+        for live in touched.values():
+            result = self._advance(live)
+            if result is not None:
+                del self._live[live.slot]
+                self._free.append(live.slot)
+                yield result
+        self._admit()
+
+    @property
+    def _wanted(self) -> int:
+        """Questions that wait for a batch."""
+        return sum(len(live.wanted) for live in self._live.values())
 
     def _admit(self) -> None:
         admitted = []
@@ -602,13 +657,15 @@ class QueryEngine:
         live.close_ask()
         live.upcoming = iter(ask.removals)
         if ask.until is None:
+            room = math.inf if ask.phase in OWN_PHASES else live.budget
+            new: dict[Key, Removal] = {}
             while live.draw():
-                pass
-            new = {key: removal for key, removal, _ in window if key not in live.asked}
-            affordable = list(new.items())
-            if ask.phase not in OWN_PHASES:
-                affordable = affordable[: int(min(live.budget, len(new)))]
-            missing = [_Question(live, key, removal) for key, removal in affordable if key not in live.answers]
+                key, removal, _ = window[-1]
+                if key not in live.asked and key not in new:
+                    if len(new) >= room:
+                        break
+                    new[key] = removal
+            missing = [_Question(live, key, removal) for key, removal in new.items() if key not in live.answers]
             if missing:
                 yield missing
         while window or live.draw():
@@ -623,7 +680,7 @@ class QueryEngine:
             responses.append(response)
             if ask.admissible and ask.phase not in OWN_PHASES and self.attack.reached(live.sample.label, response):
                 assert live.view is not None
-                live.note_flip(key, self.attack.cost(live.view, removal))
+                live.note_flip(self.attack.cost(live.view, removal), live.view.size(removal))
             if ask.until is not None and ask.until(response):
                 if live.rng is not None:
                     live.rng.bit_generator.state = state
@@ -811,7 +868,7 @@ class QueryEngine:
             batch[name] = stacked.to(dtype) if stacked.is_floating_point() else stacked
         with torch.autocast(self.device.type, autocast) if autocast else nullcontext():
             prediction = self.model(batch)
-        packed = self._numbers(prediction, self._store.tensor([live.slot for live in lives]))
+        packed = self._numbers(prediction, self._store.tensor([live.slot for live in lives])).cpu().numpy()
         self.statistics.batches += 1
         self.statistics.rows += len(lives)
         return self._responses(packed, prediction.logits.shape[1])
@@ -836,29 +893,34 @@ class QueryEngine:
 
     # -- the model -----------------------------------------------------------------------------------------
 
-    def _ask(self, questions: list[_Question]) -> list[Response]:
-        """Answer a batch; on out-of-memory, the batch size is halved for good and the batch asked in two."""
+    def _send(self, questions: list[_Question]) -> list[_Sent]:
+        """Give the model a batch; on out-of-memory, the batch size is halved for good and the batch sent in two."""
         if len(questions) > (size := self.batch_size):  # which the first call may halve again
-            return self._ask(questions[:size]) + self._ask(questions[size:])
-        packed = None
+            return self._send(questions[:size]) + self._send(questions[size:])
+        sent = None
         try:
-            packed, classes = self._forward(questions)
+            sent = self._forward(questions)
             if not self._checked:
-                self._check_repeatable(questions, packed, classes)
+                self._check_repeatable(sent)
                 self._checked = True
         except torch.OutOfMemoryError:
-            packed = None
-        if packed is None:  # not while the error is held, and with it all that the pass has filled
+            sent = None
+        if sent is None:  # not while the error is held, and with it all that the pass has filled
             self._make_room(len(questions))
-            return self._ask(questions)
+            return self._send(questions)
+        return [sent]
+
+    def _receive(self, sent: _Sent) -> list[Response]:
+        """What the model said to a batch."""
+        packed, questions = sent.wait(), sent.questions
         if not np.isfinite(packed).all():
             row = int(np.argmax(~np.isfinite(packed).all(1)))
             raise MuroanError(
                 f"the model returned a value that is not finite for sample {questions[row].live.sample.id!r} "
                 f"(removed: {questions[row].removal.regions or 'nothing'}): logits "
-                f"{packed[row, :classes].tolist()[:8]}; check its weights, or precision=32"
+                f"{packed[row, : sent.classes].tolist()[:8]}; check its weights, or precision=32"
             )
-        return self._responses(packed, classes)
+        return self._responses(packed, sent.classes)
 
     @staticmethod
     def _responses(packed: np.ndarray, classes: int) -> list[Response]:
@@ -868,8 +930,9 @@ class QueryEngine:
             for label, (margin, argmax, shift, lead), row in zip(logits.argmax(1), rest, logits, strict=True)
         ]
 
-    def _check_repeatable(self, questions: list[_Question], packed: np.ndarray, classes: int) -> None:
-        again, _ = self._forward(questions)
+    def _check_repeatable(self, sent: _Sent) -> None:
+        questions, classes = sent.questions, sent.classes
+        packed, again = sent.wait(), self._forward(questions).wait()
         self.statistics.repeated += len(questions)
         scale = 1e-3 if self.precision == "32" else 3e-2
         close = np.isclose(packed[:, :classes], again[:, :classes], rtol=scale, atol=scale, equal_nan=True)
@@ -882,8 +945,8 @@ class QueryEngine:
             )
 
     @torch.inference_mode()
-    def _forward(self, questions: list[_Question]) -> tuple[np.ndarray, int]:
-        """Run a batch: (B, C + 4) logits and what `_numbers` adds; and C."""
+    def _forward(self, questions: list[_Question]) -> _Sent:
+        """Run a batch."""
         store, model = self._store, self.model
         dtype = AUTOCAST[self.precision]
         slots = self._store.tensor([q.live.slot for q in questions])
@@ -898,9 +961,14 @@ class QueryEngine:
             store.keep_embedding(slots[rows], embedding[rows].float() if dtype else embedding[rows])
         self.statistics.batches += 1
         self.statistics.rows += len(questions)
-        return self._numbers(Prediction(embedding, logits), slots), logits.shape[1]
+        packed, done = self._numbers(Prediction(embedding, logits), slots), None
+        if self.device.type == "cuda":
+            packed = packed.to("cpu", non_blocking=True)
+            done = torch.cuda.Event()
+            done.record(torch.cuda.current_stream(self.device))
+        return _Sent(questions, packed.cpu(), logits.shape[1], done)
 
-    def _numbers(self, prediction: Prediction, slots: Tensor) -> np.ndarray:
+    def _numbers(self, prediction: Prediction, slots: Tensor) -> Tensor:
         """(B, C + 4) logits, margin, embedding argmax, shift and margin of predictions about the slots' samples."""
         embedding, logits = prediction
         if AUTOCAST[self.precision]:
@@ -914,7 +982,7 @@ class QueryEngine:
         lead = Target.margin(Prediction(embedding, embedding), clean[slots].argmax(1))
         lead = lead.nan_to_num(nan=float("nan"), posinf=1)
         numbers = [logits, margin[:, None], embedding.argmax(1, keepdim=True), shift[:, None], lead[:, None]]
-        return torch.cat([n.double() for n in numbers], 1).cpu().numpy()
+        return torch.cat([n.double() for n in numbers], 1)
 
     def _encode(self, name: str, questions: list[_Question], slots: Tensor, clean: list[int]) -> Features:
         """Features (B, ...) of one modality: encoded where touched, else from the slots.
@@ -925,9 +993,9 @@ class QueryEngine:
         parts: dict[Any, int] = {}  # what is left of which sample, and the first row that has it
         part_of: dict[int, Any] = {}  # rows that are touched
         for row, q in enumerate(questions):
-            bits = next((bits for n, bits in q.key if n == name), 0)
-            if bits or q.fresh or not q.key or not self.reuse_features:
-                part_of[row] = (q.live.number, bits) if self.reuse_features and not q.fresh else row
+            removed = next((number for n, number in q.key if n == name), 0)
+            if removed or q.fresh or not q.key or not self.reuse_features:
+                part_of[row] = (q.live.number, removed) if self.reuse_features and not q.fresh else row
                 parts.setdefault(part_of[row], row)
         if not parts:
             return map_features(_rows(slots), store.features[name])
@@ -968,7 +1036,7 @@ class QueryEngine:
         rows = _rows(self._store.tensor([q.live.slot for q in questions]))
         x = rows(store.inputs[name])
         if boxes.shape[1]:
-            boxes = boxes.to(self.device, non_blocking=True)
+            boxes = store.moved(boxes)
             baseline = rows(store.baselines[name]) if name in store.baselines else None
             x = modality.occlude(x, boxes, self.threat_model.replacement[name], baseline)
         self.statistics.encoded[name] += len(questions)

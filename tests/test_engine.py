@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 import weakref
 from collections.abc import Callable
@@ -670,6 +671,56 @@ def test_records_do_not_depend_on_batch_size_or_order(which, limited):
         assert all(spent(r) <= max_queries for r in records)
 
 
+class Recording(QueryEngine):
+    """Remembers, of each batch, how many the model had been given and not yet answered to, and its size."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.sent: list[tuple[int, int]] = []
+        self.open = 0
+
+    def _send(self, questions):
+        self.sent.append((self.open, len(questions)))
+        self.open += 1
+        return super()._send(questions)
+
+    def _receive(self, sent):
+        self.open -= 1
+        return super()._receive(sent)
+
+
+@pytest.mark.parametrize("limited", [False, True])
+@pytest.mark.parametrize("which", ATTACKS, ids=lambda a: a.name + getattr(a, "coupling", ""))
+def test_batches_given_to_the_model_ahead_change_no_record(which, limited):
+    model = RandomToy()
+    samples = varied(model, 60)
+    threat_model = ThreatModel(min_side={"image": 1}, max_queries=9 if limited else None)
+    if which.name == "greedy" and limited:
+        threat_model = replace(threat_model, max_queries=15)
+    expected = muroan.evaluate(model, samples, which, threat_model=threat_model, batch_size=1, seed=3)
+    for batch_size, ahead in itertools.product((1, 4, 7), (0, 1, 2)):
+        engine = Recording(model, which, threat_model, batch_size, seed=3, ahead=ahead)
+        records = sorted(engine.run(samples), key=lambda record: record.index)
+        assert [record.to_json() for record in records] == [record.to_json() for record in expected]
+        assert max(waiting for waiting, _ in engine.sent) == ahead
+        assert all(size == batch_size for waiting, size in engine.sent if waiting), "only full batches go ahead"
+    engine = QueryEngine(Poisoned(after=5), which, threat_model, 4, seed=3, ahead=1)
+    with pytest.raises(MuroanError, match="nan"):
+        list(engine.run(samples))
+
+
+class Poisoned(RandomToy):
+    """Answers with nan after so many batches."""
+
+    def __init__(self, after: int):
+        super().__init__()
+        self.left = after
+
+    def head(self, embedding):
+        self.left -= 1
+        return super().head(embedding) * (1 if self.left > 0 else math.nan)
+
+
 @pytest.mark.parametrize("batch_size", [2, 64])
 def test_looking_ahead_does_not_spend_the_random_numbers(batch_size):
     """An `until` ask is drawn from lazily: what the engine draws ahead must not show in later draws."""
@@ -840,11 +891,12 @@ class Cramped(RandomToy):
 
 @pytest.mark.parametrize("where", ["image", "text", "fuse"])
 @pytest.mark.parametrize("which", [RandomRemoval(12, 3), Greedy()], ids=lambda a: a.name)
-def test_out_of_memory_halves_the_batch_and_changes_no_record(which, where):
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_out_of_memory_halves_the_batch_and_changes_no_record(which, where, ahead):
     samples = varied(RandomToy())
     expected = muroan.evaluate(RandomToy(), samples, which, threat_model=SINGLE, batch_size=32)
     model = Cramped(5, where)
-    engine = QueryEngine(model, which, SINGLE, batch_size=32)
+    engine = QueryEngine(model, which, SINGLE, batch_size=32, ahead=ahead)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         records = sorted(engine.run(samples), key=lambda r: r.index)

@@ -82,7 +82,7 @@ class Toy(MultimodalModel):
 
     def head(self, embedding):
         logits = embedding @ self.out
-        return logits + self.bias * torch.eye(self.num_classes, dtype=logits.dtype)[0]
+        return logits + self.bias * torch.eye(self.num_classes).to(logits)[0]
 
 
 class Stubborn(Toy):
@@ -90,7 +90,7 @@ class Stubborn(Toy):
 
     def head(self, embedding):
         rest = 0.001 * torch.tanh(embedding @ self.out)
-        return rest + torch.eye(self.num_classes, dtype=rest.dtype)[0]
+        return rest + torch.eye(self.num_classes).to(rest)[0]
 
 
 def examples(count: int, seed: int = 0) -> list[Example]:

@@ -219,8 +219,7 @@ class Hunt:
             self.price = 100 * u.elements / totals[atom_modality] / len(u.names)
         else:
             self.price = 100 * u.elements / totals.sum()
-        self.worth = u.covers * self.price  # (N, A)
-        self.region_price = self.worth.sum(1)
+        self.region_price = u.sums(self.price)
         self.budget = float("inf") if sample.threat_model.max_queries is None else sample.threat_model.max_queries
         self.asked = self.since = 0
         self.asking: list[np.ndarray] = []
@@ -233,16 +232,16 @@ class Hunt:
         # cost they are not.
         self.fine = 0.5 if attack.objective == "parts" else 0.01 * self.cost(everything)
 
-        room, regions, atoms = 64, len(u.regions), len(u.atoms)
+        room, regions = 64, len(u.regions)
         self.known = 1
-        self.sets = np.zeros((room, atoms), dtype=bool)
+        self.sets = np.zeros((room, len(u.atoms)), dtype=bool)
         self.distances = np.full(room, attack.distance(sample.clean))
         self.flipped = np.zeros(room, dtype=bool)
         self.costs = np.zeros(room)
-        self.share = np.zeros((room, regions))  # of each region, how much of its price lies in the set
-        self.tried = np.zeros((room, 2 * regions), dtype=bool)  # adding, or putting back, each region
+        self.tried: dict[int, set[int]] = {}  # of each row, the regions added (as N more: put back) to no avail
         self.rows = {self.sets[0].tobytes(): 0}
         self.effect = np.full(regions, np.nan)
+        self.kind = np.zeros(len(u.atoms), dtype=int)  # alike where all known sets have two atoms together, or neither
 
     def cost(self, chosen: np.ndarray) -> float:
         """What the objective makes of a set of atoms (A,); between equal numbers of parts the smaller fraction wins."""
@@ -304,10 +303,9 @@ class Hunt:
             return
         while first + count > len(self.distances):
             grown = (np.concatenate([a, np.zeros_like(a)]) for a in self._arrays())
-            self.sets, self.distances, self.flipped, self.costs, self.share, self.tried = grown
+            self.sets, self.distances, self.flipped, self.costs = grown
         new, answered = np.array(sets[:count]), slice(first, first + count)
         self.sets[answered], self.costs[answered] = new, self.costs_of(new)
-        self.share[answered] = new @ self.worth.T / self.region_price
         self.distances[answered] = [self.attack.distance(response) for response in responses]
         self.flipped[answered] = [self.flips(response) for response in responses]
         for row, chosen in enumerate(sets[:count], first):
@@ -317,16 +315,20 @@ class Hunt:
                 self.best, self.bound, self.since = chosen, float(self.costs[row]), 0
         self.known += count
         self.asked += count
+        for start in range(0, count, 32):  # numbers of 64 bits have room for so many sets more
+            for chosen in new[start : start + 32]:
+                self.kind = 2 * self.kind + chosen
+            self.kind = np.unique(self.kind, return_inverse=True)[1]
 
     def _arrays(self) -> tuple[np.ndarray, ...]:
-        return self.sets, self.distances, self.flipped, self.costs, self.share, self.tried
+        return self.sets, self.distances, self.flipped, self.costs
 
     def single(self, regions: Sequence[int], phase: str) -> Asking:
         """Ask regions alone and note their effects."""
-        covers = self.universe.covers
-        yield from self.ask([covers[region] for region in regions], phase)
-        for region in regions:
-            row = self.rows.get(covers[region].tobytes())
+        covers = self.universe.covers(regions)
+        yield from self.ask(list(covers), phase)
+        for region, alone in zip(regions, covers, strict=True):
+            row = self.rows.get(alone.tobytes())
             self.effect[region] = 0.0 if row is None else self.distances[0] - self.distances[row]
 
     # -- the steps ------------------------------------------------------------------------------------------
@@ -416,7 +418,7 @@ class Hunt:
             spare = pieces
             while spare and self.large and self.left > self.reserve:
                 spare = yield from self.put_back(spare, "shrink")
-            kept = [piece for piece in pieces if self.best[u.covers[piece]].all()]  # type: ignore[index]
+            kept = self.held(pieces)
             pieces = [part for piece in kept for part in u.children[piece]]
 
     def put_back(self, pieces: Sequence[int], phase: str) -> Generator[Ask, list[Response], list[int]]:
@@ -428,7 +430,7 @@ class Hunt:
         """
         best, u = self.best, self.universe
         assert best is not None
-        less = {piece: best & ~u.covers[piece] for piece in pieces}
+        less = dict(zip(pieces, best & ~u.covers(pieces), strict=True))
         yield from self.ask(list(less.values()), phase)
         rows = {piece: self.rows[chosen.tobytes()] for piece, chosen in less.items() if chosen.tobytes() in self.rows}
         spare = [piece for piece, row in rows.items() if self.flipped[row]]
@@ -438,7 +440,12 @@ class Hunt:
         yield from self.ask([best & ~u.union(spare[:size]) for size in sizes], phase)
         if self.best is best:
             return []
-        return [piece for piece in spare if self.best[u.covers[piece]].all()]  # type: ignore[index]
+        return self.held(spare)
+
+    def held(self, pieces: Sequence[int]) -> list[int]:
+        """Those of some regions that lie wholly in the best flip."""
+        whole = ~(self.universe.covers(pieces) & ~self.best).any(1)  # type: ignore[operator]
+        return [piece for piece, is_whole in zip(pieces, whole, strict=True) if is_whole]
 
     def improve(self) -> Asking:
         """Ask what promises most, until the budget or the patience is at its end, or nothing smaller is left."""
@@ -522,7 +529,7 @@ class Hunt:
         rounds."""
         if self.best is None:
             return 0
-        less = [self.best & ~self.universe.covers[part] for part in self.universe.parts(self.best)]
+        less = self.best & ~self.universe.covers(self.universe.parts(self.best))
         unknown = sum(chosen.tobytes() not in self.rows for chosen in less)
         return 2 * (unknown + ROUND) if unknown else 0
 
@@ -573,10 +580,21 @@ class Hunt:
         """(N,) what each region is expected to do in company."""
         return self.effect * np.clip(self.both / self.alone, 0, 1.5)[self.universe.modality]
 
-    def between(self, a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> np.ndarray:
-        """(n, m) the summed weights (A,) of the atoms in which sets a (n, A) and b (m, A) differ."""
-        weighted, b = a * weight, b.astype(float)
-        return np.maximum(weighted.sum(1)[:, None] + b @ weight - 2 * weighted @ b.T, 0)
+    def alike(self, regions: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
+        """Atoms that every known set has, or has not, together; and every set that some regions (rows) are added to.
+
+        Of a large picture most are: what is summed over atoms is summed over groups of them in less time.
+
+        Returns:
+            (A,) the group of each atom; (G,) an atom of each group.
+        """
+        inner = np.zeros(len(self.kind), dtype=int)
+        spans = {(self.universe.first[region], self.universe.last[region]) for region in regions}
+        # Regions lie within each other or apart, so that the innermost tells which ones an atom is in.
+        for number, (first, last) in enumerate(sorted(spans, key=lambda span: span[0] - span[1]), 1):
+            inner[first:last] = number
+        _, one, group = np.unique(self.kind * (len(spans) + 1) + inner, return_index=True, return_inverse=True)
+        return group, one
 
     def candidates(self) -> list[tuple[np.ndarray, int, int, float]]:
         """The best new sets that one region more or less makes of known ones.
@@ -601,44 +619,69 @@ class Hunt:
         self, pool: np.ndarray, effect: np.ndarray, variance: np.ndarray
     ) -> list[tuple[np.ndarray, int, int, float]]:
         """The best new sets that one region more or less makes of these rows (P,); see `candidates`."""
-        u = self.universe
-        inside = self.share[pool]  # (P, N)
-        moved = np.concatenate([1 - inside, inside], 1)  # (P, 2N): of each region, how much adding or dropping moves
-        sign = np.repeat([1.0, -1.0], len(u.regions))
-        step = np.ones_like(self.region_price) if self.attack.objective == "parts" else self.region_price
-        cost = self.costs[pool][:, None] + np.tile(step, 2) * sign * moved
+        u, regions = self.universe, len(self.universe.regions)
+        spread = u.sums(variance)
+        order, starts = self.kinds(effect, spread)
+        one, ends = order[starts], np.append(starts[1:], len(order))
+        inside = u.inside(self.sets[pool], one)  # (P, C)
+        moved = np.concatenate([1 - inside, inside], 1)  # (P, 2C): of each region, how much adding or dropping moves
+        step = np.ones(len(one)) if self.attack.objective == "parts" else self.region_price[one]
+        cost = np.concatenate([step, -step]) * moved + self.costs[pool][:, None]
         # Where nothing is saved the score is -inf anyway: as soon as a flip is small, nearly everywhere.
-        worth = (moved >= 1e-9) & (cost < self.bound) & ~self.tried[pool]
-        rows, moves = np.nonzero(worth)
-        predicted = np.zeros(cost.shape)
-        predicted[worth] = self.distances[pool][rows] - (np.tile(effect, 2) * sign)[moves] * moved[worth]
-        deviation = np.sqrt(np.tile(u.covers @ variance, 2)[moves] * moved[worth])
-        score = np.full(cost.shape, -np.inf)
-        score[worth] = self.worth_of(cost[worth]) + log_ndtr(-predicted[worth] / deviation)
-        flat = score.ravel()
-        many = min(SHORT, flat.size)
-        found: dict[bytes, tuple[np.ndarray, int, int, float]] = {}
-        while not found:
-            top = np.sort(np.argpartition(-flat, many - 1)[:many])
-            top = top[ranked(-flat[top])]
-            if flat[top[0]] == -np.inf:
-                break
-            top = top[flat[top] > -np.inf]
-            made, moved_by = pool[top // (2 * len(u.regions))], top % (2 * len(u.regions))
-            sets, regions = self.sets[made], u.covers[moved_by % len(u.regions)]
-            sets = np.where((moved_by < len(u.regions))[:, None], sets | regions, sets & ~regions)
+        at = np.flatnonzero((moved >= 1e-9) & (cost < self.bound))
+        rows, moves = np.divmod(at, 2 * len(one))
+        gain, spread, share = np.concatenate([effect[one], -effect[one]]), spread[one], moved.ravel()[at]
+        predicted = self.distances[pool][rows] - gain[moves] * share
+        deviation = np.sqrt(spread[moves % len(one)] * share)
+        score = self.worth_of(cost.ravel()[at]) + log_ndtr(-predicted / deviation)
+        tried = [self.tried.setdefault(row, set()) for row in pool.tolist()]
+        most = SHORT + sum(map(len, tried))
+        while True:
+            top: list[tuple[int, int, int]] = []  # place in the pool, move, and where it is scored
+            for place in highest(score, most).tolist():
+                back, kind = divmod(int(moves[place]), len(one))
+                row, like = int(rows[place]), order[starts[kind] : ends[kind]] + back * regions
+                top += [(row, move, place) for move in like.tolist() if move not in tried[row]][: SHORT - len(top)]
+                if len(top) == SHORT:
+                    break
+            if not top and most >= len(score):
+                return []
+            if not top:
+                most *= 8
+                continue
+            top.sort()
+            scored = np.array([place for _, _, place in top])
+            top = [top[i] for i in ranked(-score[scored])]
+            made, moved_by = pool[[row for row, _, _ in top]], np.array([move for _, move, _ in top])
+            sets, whole = self.sets[made], u.covers(moved_by % regions)
+            sets = np.where((moved_by < regions)[:, None], sets | whole, sets & ~whole)
             keys = [chosen.tobytes() for chosen in sets]
-            new = {key: chosen for key, chosen in zip(keys, sets, strict=True) if key not in self.rows}
-            new = {chosen.tobytes(): chosen for chosen in self.allowed(list(new.values()))}
-            known = []
-            for place, key, row, move in zip(top.tolist(), keys, made.tolist(), moved_by.tolist(), strict=True):
-                if key in new and key not in found:
-                    found[key] = new[key], row, move, float(predicted.flat[place])
+            new_sets = {key: chosen for key, chosen in zip(keys, sets, strict=True) if key not in self.rows}
+            new_sets = {chosen.tobytes(): chosen for chosen in self.allowed(list(new_sets.values()))}
+            found: dict[bytes, tuple[np.ndarray, int, int, float]] = {}
+            for (row, move, place), key in zip(top, keys, strict=True):
+                if key in new_sets and key not in found:
+                    found[key] = new_sets[key], int(pool[row]), move, float(predicted[place])
                 else:
-                    known.append(place)
-                    self.tried[row, move] = True
-            flat[known] = -np.inf
-        return list(found.values())
+                    tried[row].add(move)
+            if found:
+                return list(found.values())
+
+    def kinds(self, effect: np.ndarray, spread: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Regions of which nothing tells one from the others: of equal price, effect (N,), and variance (N,), which no
+        known set has told apart. Of a large picture they are most, and what is weighed is one of each kind.
+
+        Returns:
+            (N,) all regions, those of a kind side by side; (C,) where each kind starts.
+        """
+        u = self.universe
+        changes = np.append(0, np.cumsum(self.kind[1:] != self.kind[:-1]))
+        apart = changes[u.first] != changes[u.last - 1]  # some atoms of it are known without others
+        known = np.where(apart, len(self.kind) + np.arange(len(effect)), self.kind[u.first])
+        order = np.lexsort((spread, effect, self.region_price, known))
+        ordered = [values[order] for values in (known, self.region_price, effect, spread)]
+        differs = np.any([values[1:] != values[:-1] for values in ordered], axis=0)
+        return order, np.flatnonzero(np.append(True, differs))
 
     def worth_of(self, cost: np.ndarray) -> np.ndarray:
         """Logarithm of what flips of these costs would save.
@@ -653,7 +696,9 @@ class Hunt:
         """A round of the candidates, best first; one that is near another of the round tells little new."""
         sets = np.array([chosen for chosen, _, _, _ in candidates])
         variance = self.uncertainty()
-        far = self.between(sets, self.sets[: self.known], variance)
+        group, one = self.alike([move % len(self.effect) for _, _, move, _ in candidates])
+        weight, grouped = np.bincount(group, variance), sets[:, one]
+        far = between(grouped, self.sets[: self.known, one], weight)
         nearest = far.argmin(1)
         far = far[np.arange(len(sets)), nearest]
         step = sets.astype(float) - self.sets[nearest]
@@ -661,7 +706,7 @@ class Hunt:
         made_of = np.array([row for _, row, _, _ in candidates])
         predicted = np.where(nearest == made_of, [p for _, _, _, p in candidates], predicted)
         worth = self.worth_of(self.costs_of(sets))
-        among = self.between(sets, sets, variance)
+        among = between(grouped, grouped, weight)
         picked: list[int] = []
         while len(picked) < min(ROUND, self.left, len(sets)):
             score = worth + log_ndtr(-predicted / np.sqrt(np.maximum(far, 1e-12)))
@@ -672,7 +717,8 @@ class Hunt:
             picked.append(best)
             far = np.minimum(far, among[best])
         for place in picked:
-            self.tried[candidates[place][1], candidates[place][2]] = True
+            _, row, move, _ = candidates[place]
+            self.tried.setdefault(row, set()).add(move)
         return [sets[place] for place in picked]
 
     def update(self, first: int) -> None:
@@ -682,8 +728,10 @@ class Hunt:
         if not len(new):
             return
         variance, effect = self.uncertainty(), self.effects()[u.atoms]
-        steps = self.between(self.sets[new], self.sets[: self.known], np.ones(len(u.atoms)))
-        far = self.between(self.sets[new], self.sets[: self.known], variance)
+        group, one = self.alike()
+        sets = self.sets[: self.known, one]
+        steps = between(sets[new], sets, np.bincount(group).astype(float))
+        far = between(sets[new], sets, np.bincount(group, variance))
         far[np.arange(len(new)), new] = np.inf
         pairs = {(min(a, b), max(a, b)) for a, b in zip(new, far.argmin(1), strict=True)}
         pairs |= {(min(new[i], b), max(new[i], b)) for i, b in np.argwhere(np.abs(steps - 1) < 1e-6)}
@@ -700,3 +748,19 @@ class Hunt:
                 place, alone = u.modality[u.atoms[atom]], self.effect[u.atoms[atom]]
                 self.both[place] = FORGET * (self.both[place] + change * sign[0] * alone)
                 self.alone[place] = FORGET * (self.alone[place] + alone**2)
+
+
+def between(a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """(n, m) the summed weights (A,) of the atoms in which sets a (n, A) and b (m, A) differ."""
+    weighted, b = a * weight, b.astype(float)
+    return np.maximum(weighted.sum(1)[:, None] + b @ weight - 2 * weighted @ b.T, 0)
+
+
+def highest(values: np.ndarray, most: int) -> np.ndarray:
+    """Places of the highest values from the top down, at least `most` where there are so many; none of -inf.
+
+    Of equal ones the first comes first.
+    """
+    least = np.partition(values, -most)[-most] if len(values) > most else -np.inf
+    places = np.flatnonzero((values >= least) & (values > -np.inf))
+    return places[np.argsort(-values[places], kind="stable")]

@@ -24,12 +24,13 @@ class Universe:
     """The regions of a sample as rows of numbers, so that a search can weigh all of them at once.
 
     An *atom* is a region that is not split further. Every removal that an attack may ask is a set of atoms, held as a
-    boolean vector (A,).
+    boolean vector (A,). The atoms of a region lie side by side, so that what it holds of a set is a difference of
+    running counts: a picture of 384 x 384 pixels has 4,096 atoms in 5,461 regions.
 
     Attributes:
         names: the modalities.
         regions: (N,) all regions, roots first, each followed by what lies below it.
-        covers: (N, A) bool, the atoms of each region.
+        first, last: (N,) the atoms of each region, from the first to before the last.
         children: (N,) the rows of each region's parts; none for an atom.
         parent: (N,) the row of the region that each is a part of; -1 for a root.
         modality: (N,) which modality each region belongs to, by place.
@@ -66,14 +67,32 @@ class Universe:
             self.roots.append(add(sample.root(name), place, -1))
         self.atoms, self.modality = np.array(atoms), np.array(owner)
         self.elements = np.array([float(self.regions[row].area) for row in atoms])
-        self.covers = np.zeros((len(self.regions), len(atoms)), dtype=bool)
-        for row, (first, last) in enumerate(spans):
-            self.covers[row, first:last] = True
+        self.first, self.last = np.array(spans).T
+        self._held = self.sums(self.elements)
         # A root with parts is no region that an attack may name.
-        self._covered = self.covers.T.astype(np.float32)
         self._part = np.array([p >= 0 or not c for p, c in zip(self.parent, self.children, strict=True)])
         self._above = np.array([row if p < 0 else p for row, p in enumerate(self.parent)])
         self._below_root = np.array([p >= 0 for p in self.parent])
+
+    def covers(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """(n, A) bool, the atoms of each of the regions of these rows (n,)."""
+        place, rows = np.arange(len(self.atoms)), np.asarray(rows, dtype=int)
+        return (place >= self.first[rows, None]) & (place < self.last[rows, None])
+
+    def sums(self, weight: np.ndarray) -> np.ndarray:
+        """(N,) the weights (A,) of each region's atoms together."""
+        edges = np.stack([self.first, self.last], 1).ravel()
+        return np.add.reduceat(np.append(weight, 0.0), edges)[::2]
+
+    def inside(self, sets: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """(n, m) of the regions of these rows (m,), the share of their elements that lie in each set (n, A)."""
+        return self._within(sets * self.elements, rows) / self._held[rows]
+
+    def _within(self, counts: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """(n, m) whole numbers (n, A) of the atoms of each of these regions together."""
+        running = np.zeros((len(counts), len(self.atoms) + 1))
+        np.cumsum(counts, axis=1, out=running[:, 1:])
+        return running.take(self.last[rows], axis=1) - running.take(self.first[rows], axis=1)
 
     def parts(self, chosen: np.ndarray) -> list[int]:
         """Rows of the largest regions below the roots that make up a set of atoms (A,): as few as there can be."""
@@ -85,7 +104,7 @@ class Universe:
 
     def _largest(self, sets: np.ndarray) -> np.ndarray:
         """(n, N) bool, which regions are wholly in each set (n, A) and not part of another such."""
-        whole = self._part & ((~sets).astype(np.float32) @ self._covered == 0)
+        whole = self._part & (self._within(~sets, np.arange(len(self.regions))) == 0)
         return whole & ~(self._below_root & whole[:, self._above])
 
     def removal(self, chosen: np.ndarray) -> Removal:
@@ -99,14 +118,9 @@ class Universe:
             parts[place].append(self.regions[row])
         return [Removal(tuple(regions)) for regions in parts]
 
-    def union(self, rows: Sequence[int]) -> np.ndarray:
+    def union(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """The atoms (A,) of some regions together."""
-        return np.logical_or.reduce(self.covers[list(rows)])
-
-    def atoms_of(self, removal: Removal) -> np.ndarray:
-        """The atoms (A,) of a removal that was made of this universe's regions."""
-        rows = {region: row for row, region in enumerate(self.regions)}
-        return self.union([rows[region] for region in removal.regions])
+        return np.logical_or.reduce(self.covers(rows))
 
 
 def ascending(costs: Sequence[float] | np.ndarray) -> Iterator[tuple[int, ...]]:

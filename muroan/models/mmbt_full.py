@@ -37,6 +37,8 @@ class MMBTFull(MultimodalModel):
 
     rows: Tensor
     columns: Tensor
+    prefix: Tensor
+    suffix: Tensor
 
     def __init__(
         self,
@@ -63,8 +65,12 @@ class MMBTFull(MultimodalModel):
             assert isinstance(own, Text)
             language, text = BertModel(BertConfig(**{"vocab_size": own.tokenizer.size, **bert})), own
         super().__init__({name: modality for name, modality in zip(names, (image, text), strict=True)}, num_classes)
-        self.image, self.text, self.tokenizer = *names, text.tokenizer
-        self.bert, self.resnet = language, vision
+        self.image, self.text = names
+        # A GPU's convolutions take and give channels last: else they turn every map around, and back.
+        self.bert, self.resnet = language, vision.to(memory_format=torch.channels_last)
+        self.first, self.pad_id = len(text.tokenizer.prefix), text.tokenizer.pad_id
+        for part, tokens in {"prefix": text.tokenizer.prefix, "suffix": text.tokenizer.suffix}.items():
+            self.register_buffer(part, torch.tensor(tokens, dtype=torch.long), persistent=False)
         rows, columns = (pooling_matrix(math.ceil(s / 32), g) for s, g in zip(size, grid, strict=True))
         self.register_buffer("rows", rows, persistent=False)
         self.register_buffer("columns", columns.T.contiguous(), persistent=False)
@@ -82,18 +88,21 @@ class MMBTFull(MultimodalModel):
 
     def fuse(self, features: dict[str, Any]) -> Tensor:
         ids, image = features[self.text], features[self.image]
-        tokens, embed = self.tokenizer, self.bert.get_input_embeddings()
-        first = len(tokens.prefix)  # its [CLS] moves before the image
-        words, embedded = ids[:, first:], embed(ids)[:, first:]
+        embed = self.bert.get_input_embeddings()
+        words, embedded = ids[:, self.first :], embed(ids)[:, self.first :]  # its [CLS] moves before the image
         # Not by the table's own call, so that the text itself is its only one: gradients by words need that.
-        around = (F.embedding(ids.new_tensor(t), embed.weight) for t in (tokens.prefix, tokens.suffix))
+        around = (F.embedding(tokens, embed.weight) for tokens in (self.prefix, self.suffix))
         cls, sep = (t.expand(len(ids), -1, -1) for t in around)
+        inputs = torch.cat([cls, image, sep, embedded], 1)
         before = torch.arange(image.shape[1] + 2, device=ids.device)  # positions of the first segment
         after = torch.arange(words.shape[1], device=ids.device)  # and of the second
-        real = words != tokens.pad_id
+        # As BERT adds it to its scores: of a plain mask it would look whether anything is masked at all, and the CPU
+        # wait until the GPU knows.
+        mask = inputs.new_zeros(inputs.shape[:2])
+        mask[:, len(before) :].masked_fill_(words == self.pad_id, torch.finfo(mask.dtype).min)
         return self.bert(
-            inputs_embeds=torch.cat([cls, image, sep, embedded], 1),
-            attention_mask=torch.cat([real.new_ones(len(ids), len(before)), real], 1).long(),
+            inputs_embeds=inputs,
+            attention_mask=mask[:, None, None].expand(-1, -1, inputs.shape[1], -1),
             position_ids=torch.cat([before, after]).expand(len(ids), -1),
             token_type_ids=torch.cat([0 * before, 0 * after + 1]).expand(len(ids), -1),
         ).pooler_output
