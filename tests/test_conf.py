@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 from toys import flips_when, word
 
 import muroan.cli  # registers the resolvers
@@ -158,11 +159,18 @@ def test_every_process_gets_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest
     assert another_process() == 1
     with pytest.raises(MuroanError, match=r"other jobs have all 2 GPUs of this machine: .*hydra\.launcher\.n_jobs=2"):
         another_process()
+    assert [another_process(3) for _ in range(4)] == [0, 1, 0, 1], "those with fewer jobs come first"
+    with pytest.raises(MuroanError, match=r"run at most 6 at once .*n_jobs=6\), or more on each \(device\.jobs=4\)"):
+        another_process(3)
+    for gone in muroan.cli.GPU_LOCKS[2:]:
+        gone.close()
     muroan.cli.GPU_LOCKS.pop(0).close()  # the first process ends
     assert another_process() == 0
     no_gpus_taken(0, tmp_path, monkeypatch)
     with pytest.raises(MuroanError, match="there is no GPU here"):
         another_process()
+    with pytest.raises(InterpolationResolutionError, match=r"device\.jobs must be a whole number, .* got 0"):
+        job("device=own_gpu", "device.jobs=0").device.devices[0]
 
 
 @pytest.mark.parametrize("name", [name for group, name in CHOICES if group == "device"])

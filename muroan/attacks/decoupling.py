@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Sequence
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Literal
 
 import numpy as np
@@ -622,50 +622,54 @@ class Hunt:
         u, regions = self.universe, len(self.universe.regions)
         spread = u.sums(variance)
         order, starts = self.kinds(effect, spread)
-        one, ends = order[starts], np.append(starts[1:], len(order))
+        one, many = order[starts], np.diff(np.append(starts, regions))
         inside = u.inside(self.sets[pool], one)  # (P, C)
-        moved = np.concatenate([1 - inside, inside], 1)  # (P, 2C): of each region, how much adding or dropping moves
+        moved = np.concatenate([1 - inside, inside], 1)  # (P, 2C): of each kind, how much adding or dropping one moves
         step = np.ones(len(one)) if self.attack.objective == "parts" else self.region_price[one]
         cost = np.concatenate([step, -step]) * moved + self.costs[pool][:, None]
         # Where nothing is saved the score is -inf anyway: as soon as a flip is small, nearly everywhere.
-        at = np.flatnonzero((moved >= 1e-9) & (cost < self.bound))
-        rows, moves = np.divmod(at, 2 * len(one))
-        gain, spread, share = np.concatenate([effect[one], -effect[one]]), spread[one], moved.ravel()[at]
-        predicted = self.distances[pool][rows] - gain[moves] * share
-        deviation = np.sqrt(spread[moves % len(one)] * share)
-        score = self.worth_of(cost.ravel()[at]) + log_ndtr(-predicted / deviation)
+        worth = (moved >= 1e-9) & (cost < self.bound)
         tried = [self.tried.setdefault(row, set()) for row in pool.tolist()]
-        most = SHORT + sum(map(len, tried))
+        kind = np.repeat(np.arange(len(one)), many)[np.argsort(order)]  # (N,)
+        places = np.repeat(np.arange(len(pool)), [len(moves) for moves in tried]) * 2 * len(one)
+        moves = np.fromiter(chain.from_iterable(tried), int, len(places))
+        gone = np.bincount(places + moves // regions * len(one) + kind[moves % regions], minlength=worth.size)
+        at = np.flatnonzero(worth & (gone.reshape(worth.shape) < np.tile(many, 2)))
+        rows, moves = np.divmod(at, 2 * len(one))
+        back, kind = np.divmod(moves, len(one))
+        share = moved.ravel()[at]
+        predicted = self.distances[pool][rows] - np.where(back, -effect[one[kind]], effect[one[kind]]) * share
+        chance = log_ndtr(-predicted / np.sqrt(spread[one[kind]] * share))
+        score = self.worth_of(cost.ravel()[at]) + chance
+
+        def untried(place: int) -> list[int]:
+            first = starts[kind[place]]
+            alike = order[first : first + many[kind[place]]] + back[place] * regions
+            return [move for move in alike.tolist() if move not in tried[rows[place]]]
+
         while True:
             top: list[tuple[int, int, int]] = []  # place in the pool, move, and where it is scored
-            for place in highest(score, most).tolist():
-                back, kind = divmod(int(moves[place]), len(one))
-                row, like = int(rows[place]), order[starts[kind] : ends[kind]] + back * regions
-                top += [(row, move, place) for move in like.tolist() if move not in tried[row]][: SHORT - len(top)]
-                if len(top) == SHORT:
-                    break
-            if not top and most >= len(score):
-                return []
+            for place in highest(score, SHORT).tolist():
+                top += [(int(rows[place]), move, place) for move in untried(place)[: SHORT - len(top)]]
             if not top:
-                most *= 8
-                continue
+                return []
             top.sort()
-            scored = np.array([place for _, _, place in top])
-            top = [top[i] for i in ranked(-score[scored])]
-            made, moved_by = pool[[row for row, _, _ in top]], np.array([move for _, move, _ in top])
-            sets, whole = self.sets[made], u.covers(moved_by % regions)
-            sets = np.where((moved_by < regions)[:, None], sets | whole, sets & ~whole)
+            top = [top[i] for i in ranked(-score[[place for _, _, place in top]])]
+            made, moves = pool[[row for row, _, _ in top]], np.array([move for _, move, _ in top])
+            sets, whole = self.sets[made], u.covers(moves % regions)
+            sets = np.where((moves < regions)[:, None], sets | whole, sets & ~whole)
             keys = [chosen.tobytes() for chosen in sets]
-            new_sets = {key: chosen for key, chosen in zip(keys, sets, strict=True) if key not in self.rows}
-            new_sets = {chosen.tobytes(): chosen for chosen in self.allowed(list(new_sets.values()))}
+            new = {key: chosen for key, chosen in zip(keys, sets, strict=True) if key not in self.rows}
+            new = {chosen.tobytes(): chosen for chosen in self.allowed(list(new.values()))}
             found: dict[bytes, tuple[np.ndarray, int, int, float]] = {}
             for (row, move, place), key in zip(top, keys, strict=True):
-                if key in new_sets and key not in found:
-                    found[key] = new_sets[key], int(pool[row]), move, float(predicted[place])
+                if key in new and key not in found:
+                    found[key] = new[key], int(pool[row]), move, float(predicted[place])
                 else:
                     tried[row].add(move)
             if found:
                 return list(found.values())
+            score[[place for _, _, place in top if not untried(place)]] = -np.inf
 
     def kinds(self, effect: np.ndarray, spread: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Regions of which nothing tells one from the others: of equal price, effect (N,), and variance (N,), which no

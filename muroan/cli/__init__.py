@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import TextIO
 
@@ -22,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from muroan.cli import attacking, parts, reading, training
 from muroan.cli.jobs import config_folder, of, own_overrides, told
-from muroan.errors import MuroanError
+from muroan.errors import MuroanError, check_whole
 
 COMMANDS: dict[str, Callable[[DictConfig], None]] = {
     "train": training.train,
@@ -207,22 +208,25 @@ def choices() -> str:
 
 
 @cache
-def own_gpu() -> int:
-    """The number of a GPU that no other process of this user has got here; it is ours until this process ends.
+def own_gpu(jobs: int = 1) -> int:
+    """The number of a GPU that fewer than so many other processes of this user have got here; it is ours, too, until
+    this process ends. Those that have none come first.
 
     Raises:
-        MuroanError: there is none left.
+        MuroanError: there is none left, or `jobs` is not a whole number, at least 1.
     """
     import fcntl
     import tempfile
 
     import torch
 
+    check_whole("device", jobs=jobs)
     count = torch.cuda.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    for index in range(count):
-        name = visible[index] if index < len(visible) and visible[index] else index
-        lock = open(Path(tempfile.gettempdir()) / f"muroan-{os.getuid()}-gpu-{name}", "w")  # noqa: SIM115
+    for place, index in product(range(jobs), range(count)):
+        name = visible[index] if index < len(visible) and visible[index] else str(index)
+        name = f"muroan-{os.getuid()}-gpu-{name}" + (f"-{place}" if place else "")
+        lock = open(Path(tempfile.gettempdir()) / name, "w")  # noqa: SIM115
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -231,8 +235,8 @@ def own_gpu() -> int:
         GPU_LOCKS.append(lock)
         return index
     raise MuroanError(
-        f"device=own_gpu: other jobs have all {count} GPUs of this machine: run at most {count} at once "
-        f"(hydra.launcher.n_jobs={count})"
+        f"device=own_gpu: other jobs have all {count} GPUs of this machine: run at most {count * jobs} at once "
+        f"(hydra.launcher.n_jobs={count * jobs}), or more on each (device.jobs={jobs + 1})"
         if count
         else "device=own_gpu: there is no GPU here: choose device=cpu"
     )

@@ -91,7 +91,7 @@ def trainer_options(config: DictConfig) -> dict[str, Any]:
 
     if str(config.device.precision) not in PRECISIONS:
         raise MuroanError(f"device.precision must be one of {', '.join(PRECISIONS)}, got {config.device.precision!r}")
-    device = plain(config.device)
+    device = {name: value for name, value in plain(config.device).items() if name != "jobs"}  # ours
     if device["accelerator"] == "auto" and torch.backends.mps.is_available():
         device["accelerator"] = "cpu"  # what Apple's GPUs cannot do is float64, by which margins are compared
     return {
