@@ -381,7 +381,9 @@ class QueryEngine:
         self._live: dict[int, _Live] = {}  # by slot, in order of admission
         self._checked = False
         self._works: dict[Any, Callable[[list[_Live]], Sequence[Any]]] = {}
-        self._below: dict[Region, list[Region]] = {}  # what all samples share of `AttackedSample.below`
+        self._below: dict[
+            Region, tuple[list[Region], list[Region]]
+        ] = {}  # what all samples share of `AttackedSample.below`
         # Threads of numpy's own would go on waiting for work on the cores that torch's need next: a guided search was
         # slower on two cores than on one.
         self._numpy = ThreadpoolController().select(internal_api="openblas").select(threading_layer="pthreads")

@@ -25,7 +25,6 @@ from muroan.attacks.pgd_l0 import PgdL0
 from muroan.attacks.saliency_removal import SaliencyRemoval
 from muroan.attacks.sigma_zero import SigmaZero
 from muroan.attacks.target import Target
-from muroan.attacks.universe import atoms
 from muroan.attacks.values import Values
 from muroan.callbacks import AttackCallback
 from muroan.data.base import MultimodalData
@@ -464,7 +463,7 @@ def test_attributions_of_a_linear_model_are_weight_times_input():
     target = target_of(model, samples)
     gradient, integrated = (SaliencyRemoval(m, 3).attribute(target) for m in ("gradient", "integrated_gradients"))
     for row, sample in enumerate(samples):
-        regions = atoms(target.samples[row])
+        regions = target.samples[row].atoms()
         slope = model.out[:, sample.label] - model.out[:, 1 - sample.label]
         for i, region in enumerate(regions):
             if region.modality == "text":
@@ -899,4 +898,4 @@ def test_perturbations_are_what_batch_attacks_return():
     model = Toy(IMAGE)
     found = PgdLinf(0.5).perturb(target_of(model, samples_of(model, 3)))
     assert all(isinstance(p, Perturbation) for p in found)
-    assert Region("image", (0, 0), (1, 1)) in atoms(target_of(model, samples_of(model, 1)).samples[0])
+    assert Region("image", (0, 0), (1, 1)) in target_of(model, samples_of(model, 1)).samples[0].atoms()

@@ -146,7 +146,7 @@ class AttackedSample:
         valid: whether the label is still right after a removal, says the dataset; None where it cannot tell.
         proven: a search may set whether it asked every smaller removal; see `AttackResult.proven`.
         info: a search may write what it wants recorded, as plain JSON.
-        below: what `universe` found below each root; samples that are attacked alike may share one.
+        below: the regions below each root, and the atoms among them; samples that are attacked alike may share one.
     """
 
     id: str
@@ -159,7 +159,7 @@ class AttackedSample:
     valid: Callable[[Removal], bool | None] | None = None
     proven: bool | None = None
     info: dict[str, Any] = field(default_factory=dict)
-    below: dict[Region, list[Region]] = field(default_factory=dict, repr=False)
+    below: dict[Region, tuple[list[Region], list[Region]]] = field(default_factory=dict, repr=False)
 
     def flipped(self, response: Response) -> bool:
         return response.label != self.label
@@ -177,21 +177,32 @@ class AttackedSample:
 
         Where nothing lies below the root (a text of one word), the universe is the root.
         """
-        return [region for name in modalities or self.modalities for region in self._below(self.root(name))]
+        return [region for name in modalities or self.modalities for region in self._below(self.root(name))[0]]
 
-    def _below(self, root: Region) -> list[Region]:
+    def atoms(self, *modalities: str) -> list[Region]:
+        """Those of the universe that the threat model splits no further, in its order.
+
+        They tile the input, so that every removal of the universe is a set of them and sizes add up.
+        """
+        return [region for name in modalities or self.modalities for region in self._below(self.root(name))[1]]
+
+    def _below(self, root: Region) -> tuple[list[Region], list[Region]]:
         if root not in self.below:
             found: list[Region] = []
+            atoms: list[Region] = []
 
             def descend(region: Region) -> None:
-                for child in self.split(region):
+                children = self.split(region)
+                if not children:
+                    atoms.append(region)
+                for child in children:
                     found.append(child)
                     descend(child)
 
             descend(root)
             if len(self.below) >= ROOTS:
                 self.below.clear()
-            self.below[root] = found or [root]
+            self.below[root] = found or [root], atoms
         return self.below[root]
 
     def draw(self, parts: int) -> Removal:

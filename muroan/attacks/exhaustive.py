@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import islice
 
 from muroan.attacks.base import Ask, Attack, AttackedSample, Search
-from muroan.attacks.universe import ascending, atoms
+from muroan.attacks.universe import ascending
 from muroan.errors import MuroanError, check_whole
 from muroan.modalities import Removal
 
@@ -32,7 +32,7 @@ class Exhaustive(Attack):
         Raises:
             MuroanError: the sample has more than `max_atoms` regions.
         """
-        parts = atoms(sample)
+        parts = sample.atoms()
         if len(parts) > self.max_atoms:
             raise MuroanError(
                 f"exhaustive asks every removal: sample {sample.id!r} has {len(parts)} finest regions, which makes "

@@ -7,7 +7,6 @@ from typing import Any
 
 from muroan.attacks.base import Ask, Attack, AttackedSample, BudgetExhausted, Search
 from muroan.attacks.greedy import ROUNDING, Smallest, prune, ranked
-from muroan.attacks.universe import atoms
 from muroan.modalities import Region, Removal
 
 
@@ -46,7 +45,7 @@ class GreedyOcclusion(Attack):
 
     def in_order(self, sample: AttackedSample, smallest: Smallest) -> Generator[Ask, Any, None]:
         """Rank once, then add until the label flips."""
-        parts = atoms(sample)
+        parts = sample.atoms()
         margins = yield from self.margins(sample, smallest, Removal(), parts)
         order = [parts[i] for i in ranked(margins)]
         added = (Removal(tuple(order[:count])) for count in range(1, len(order) + 1))
@@ -55,7 +54,7 @@ class GreedyOcclusion(Attack):
 
     def in_context(self, sample: AttackedSample, smallest: Smallest) -> Generator[Ask, Any, None]:
         """Add whatever lowers the margin most beside what is already removed, until the label flips."""
-        left, removed = atoms(sample), Removal()
+        left, removed = sample.atoms(), Removal()
         while left and smallest.removal is None:
             margins = yield from self.margins(sample, smallest, removed, left)
             best = next(i for i, margin in enumerate(margins) if margin < min(margins) + ROUNDING)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from muroan.attacks.base import Ask, Attack, AttackedSample, BudgetExhausted, Search
 from muroan.attacks.greedy import Smallest
-from muroan.attacks.universe import atoms
 from muroan.errors import MuroanError
 from muroan.modalities import Removal, Text
 
@@ -34,7 +33,7 @@ class LeaveOneOut(Attack):
                 f"leave_one_out removes words, the model takes {', '.join(sample.modalities)} and no text: "
                 f"set attack.every=true to remove each region of any modality"
             )
-        removals = [Removal.of(atom) for atom in atoms(sample) if self.every or atom.modality in texts]
+        removals = [Removal.of(atom) for atom in sample.atoms() if self.every or atom.modality in texts]
         smallest = Smallest(sample)
         try:
             smallest.see(removals, (yield Ask(removals, phase="leave")))

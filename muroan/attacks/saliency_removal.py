@@ -10,7 +10,6 @@ from torch import Tensor
 
 from muroan.attacks.base import Ask, Attack, AttackedSample, BudgetExhausted, Search, Target, Together
 from muroan.attacks.greedy import Smallest, prune, ranked
-from muroan.attacks.universe import atoms
 from muroan.attacks.values import check_choice
 from muroan.errors import MuroanError, check_whole
 from muroan.modalities import Region, Removal, Text
@@ -52,7 +51,7 @@ class SaliencyRemoval(Attack):
         scores = yield Together(self.attribute, phase="attribute")
         if scores is None:
             raise BudgetExhausted
-        regions = atoms(sample)
+        regions = sample.atoms()
         # Relative to the largest, so that what counts for a tie does not depend on the model's scale.
         largest = max(map(abs, scores)) or 1.0
         order = [regions[i] for i in ranked([-score / largest for score in scores])]
@@ -108,7 +107,7 @@ class SaliencyRemoval(Attack):
             return float(products[region.modality][where].sum())
 
         return [
-            [score(row, sample, region) for region in atoms(sample)] if taken[row] else None
+            [score(row, sample, region) for region in sample.atoms()] if taken[row] else None
             for row, sample in enumerate(target.samples)
         ]
 
@@ -120,7 +119,7 @@ class SaliencyRemoval(Attack):
                 "attack.method=occlusion of saliency_removal is computed by Captum, which is not installed: "
                 "pip install -e '.[captum]', or choose attack.method=gradient"
             ) from None
-        sample, regions = target.samples[row], atoms(target.samples[row])
+        sample, regions = target.samples[row], target.samples[row].atoms()
         if target.left()[row] < len(regions) + 2:  # with the clean input, and one removal at least
             return None
         names = list(target.model.modalities)

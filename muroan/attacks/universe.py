@@ -12,14 +12,6 @@ from muroan.attacks.base import AttackedSample
 from muroan.modalities import Region, Removal
 
 
-def atoms(sample: AttackedSample) -> list[Region]:
-    """The regions that the threat model splits no further, in the universe's order.
-
-    They tile the input, so that every removal of the universe is a set of them and sizes add up.
-    """
-    return [region for region in sample.universe() if not sample.split(region)]
-
-
 class Universe:
     """The regions of a sample as rows of numbers, so that a search can weigh all of them at once.
 
@@ -76,8 +68,10 @@ class Universe:
 
     def covers(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """(n, A) bool, the atoms of each of the regions of these rows (n,)."""
-        place, rows = np.arange(len(self.atoms)), np.asarray(rows, dtype=int)
-        return (place >= self.first[rows, None]) & (place < self.last[rows, None])
+        found = np.zeros((len(rows), len(self.atoms)), dtype=bool)
+        for place, row in zip(found, rows, strict=True):
+            place[self.first[row] : self.last[row]] = True
+        return found
 
     def sums(self, weight: np.ndarray) -> np.ndarray:
         """(N,) the weights (A,) of each region's atoms together."""

@@ -25,7 +25,6 @@ from muroan.attacks.pgd import Pgd, PgdL2, PgdLinf  # noqa: E402
 from muroan.attacks.saliency_removal import SaliencyRemoval  # noqa: E402
 from muroan.attacks.sigma_zero import SigmaZero  # noqa: E402
 from muroan.attacks.target import Target  # noqa: E402
-from muroan.attacks.universe import atoms  # noqa: E402
 from muroan.data.samples import Example, PreparedDataset, Sample  # noqa: E402
 from muroan.modalities import Image, Text, WordTokenizer  # noqa: E402
 from muroan.models.base import MultimodalModel  # noqa: E402
@@ -214,7 +213,7 @@ def test_gradient_times_input_is_captums(text):
 def compare(target: Target, found: list, theirs: list[torch.Tensor]) -> None:
     """Scores of regions and words with theirs: (B, 3, H, W) of the image, (B, T) of the text."""
     for row, sample in enumerate(target.samples):
-        for score, region in zip(found[row], atoms(sample), strict=True):
+        for score, region in zip(found[row], sample.atoms(), strict=True):
             if region.modality == "image":
                 (y, x), (y2, x2) = region.start, region.stop
                 expected = theirs[0][row, :, y:y2, x:x2].sum()
@@ -232,7 +231,7 @@ def test_occlusion_is_captums_and_by_hand():
         view.threat_model = ThreatModel(min_side={"image": 3}).complete(model.modalities)
     found = SaliencyRemoval("occlusion").attribute(target)
     for row, sample in enumerate(samples):
-        regions = atoms(target.samples[row])
+        regions = target.samples[row].atoms()
         assert len(regions) == 16 + sample.layouts["text"].count
         assert target.forwards[row] == target.queries[row] == len(regions) + 1
         words = target.inputs["text"][row : row + 1]
