@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import tracemalloc
 from collections.abc import Callable
 
 import numpy as np
@@ -11,13 +12,14 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from scipy.special import log_ndtr
 from test_engine import SINGLE, RandomToy, varied
 from torch import Tensor
 from toys import Blocks, Present, block, flips_when, leaves, logits, margins, stretch, subsets, threat, word
 
 import muroan
 from muroan.attacks.base import Ask
-from muroan.attacks.decoupling import Decoupling
+from muroan.attacks.decoupling import SHORT, Decoupling, Hunt
 from muroan.attacks.universe import Universe, ascending, cheaper
 from muroan.callbacks import AttackCallback
 from muroan.errors import MuroanError
@@ -880,17 +882,8 @@ def test_counting_many_sets_ends():
 
 def test_the_universe_by_hand():
     """(3, 2) pixels: a top half of two by two and a bottom of one by two, cut by columns; then single pixels."""
-    seen = {}
-
-    class Looking(Decoupling):
-        def search(self, sample):
-            seen["universe"] = Universe(sample, ["image", "text"])
-            return
-            yield
-
     model = Blocks(lambda p: torch.stack([p.elements.sum(1) + 1, 0 * p.elements[:, 0]], 1), image=(3, 2), words=2)
-    one(model, Looking(), threat_model=threat(None, image=1))
-    u = seen["universe"]
+    u = universe_of(model)
     assert u.elements.tolist() == [1] * 8
     assert [u.regions[row] for row in u.atoms] == leaves(model, {"image": 1})
     everything = np.ones(8, bool)
@@ -902,3 +895,111 @@ def test_the_universe_by_hand():
             removal = u.removal(chosen)
             assert (u.union([u.regions.index(region) for region in removal.regions]) == chosen).all()
             assert sum(region.area for region in removal.regions) == chosen.sum()
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=30)
+def test_what_regions_hold_is_what_their_atoms_do(data):
+    """The universe's sums over spans against sums over what each region covers."""
+    image = (data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9)))
+    rule = lambda p: torch.stack([p.elements.sum(1), 0 * p.elements[:, 0]], 1)  # noqa: E731
+    u = universe_of(Blocks(rule, image=image, words=data.draw(st.integers(0, 4))))
+    rows = np.arange(len(u.regions))
+    covers = u.covers(rows)
+    assert [[a for a, row in enumerate(u.atoms) if within(u.regions[row], r)] for r in u.regions] == [
+        np.flatnonzero(place).tolist() for place in covers
+    ]
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    sets, weight = rng.random((5, len(u.atoms))) < 0.5, rng.random(len(u.atoms))
+    np.testing.assert_allclose(u.sums(weight), covers @ weight, rtol=1e-12)
+    np.testing.assert_allclose(u.inside(sets, rows), (sets * u.elements) @ covers.T / (covers @ u.elements), rtol=1e-12)
+
+
+def universe_of(model: Blocks, image: int = 1) -> Universe:
+    seen = []
+
+    class Looking(Decoupling):
+        def search(self, sample):
+            seen.append(Universe(sample, list(sample.modalities)))
+            return
+            yield
+
+    one(model, Looking(), threat_model=threat(None, image=image))
+    return seen[0]
+
+
+def within(inner: Region, outer: Region) -> bool:
+    sides = zip(outer.start, inner.start, inner.stop, outer.stop, strict=True)
+    return inner.modality == outer.modality and all(a <= b and c <= d for a, b, c, d in sides)
+
+
+@pytest.mark.parametrize("objective", ["fraction", "normalised", "parts"])
+def test_the_next_sets_are_the_best_that_one_region_makes(objective, monkeypatch):
+    """Against all moves of all known removals, weighed one by one, whether alike or not."""
+    made_of, calls = Hunt.made_of, 0
+
+    def checked(hunt, pool, effect, variance):
+        nonlocal calls
+        calls += 1
+        best, before = weighed(hunt, pool, effect, variance), {row: set(moves) for row, moves in hunt.tried.items()}
+        found = made_of(hunt, pool, effect, variance)
+        taken = {(row, move) for _, row, move, _ in found}
+        tried = {(r, m) for r, moves in hunt.tried.items() for m in moves - before.get(r, set())}
+        scores = sorted((best[place] for place in taken | tried), reverse=True)
+        assert len(scores) >= min(SHORT, len(best)) or not best
+        np.testing.assert_allclose(scores, sorted(best.values(), reverse=True)[: len(scores)], atol=1e-9)
+        for chosen, row, move, _ in found:
+            region = hunt.universe.covers([move % len(hunt.effect)])[0]
+            added = hunt.sets[row] | region if move < len(hunt.effect) else hunt.sets[row] & ~region
+            assert (chosen == added).all()
+            assert chosen.tobytes() not in hunt.rows
+        assert len({chosen.tobytes() for chosen, *_ in found}) == len(found)
+        return found
+
+    monkeypatch.setattr(Hunt, "made_of", checked)
+    weights = torch.rand(16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for image, side, queries in ((32, 4, 120), (8, 2, 300)):  # room to spare, and all but exhausted
+        cells = [Region("image", (side * y, side * x), (side * y + side, side * x + side)) for y, x in GRID]
+        model = margins(
+            lambda p, c=cells: p.share(*c) @ weights - 0.2 * p.gone(word(1)) - 1.5, image=(image, image), words=3
+        )
+        one(model, Decoupling(objective), queries, threat_model=threat(queries, image=side))
+    assert calls > 20
+
+
+GRID = list(itertools.product(range(4), repeat=2))
+
+
+def weighed(hunt, pool, effect, variance) -> dict[tuple[int, int], float]:
+    """(row, move) -> score of every move of these rows that is worth anything and was not tried."""
+    u, found = hunt.universe, {}
+    regions, price = len(u.regions), hunt.region_price if hunt.attack.objective != "parts" else np.ones(len(effect))
+    covers = u.covers(range(regions))
+    for row in pool:
+        for move in set(range(2 * regions)) - hunt.tried.get(row, set()):
+            region, sign = move % regions, 1 if move < regions else -1
+            differ = covers[region] & (~hunt.sets[row] if sign > 0 else hunt.sets[row])
+            share = u.elements[differ].sum() / u.elements[covers[region]].sum()
+            cost = hunt.costs[row] + sign * price[region] * share
+            if share and cost < hunt.bound:
+                deviation = np.sqrt(variance[covers[region]].sum() * share)
+                chance = log_ndtr(-(hunt.distances[row] - sign * effect[region] * share) / deviation)
+                score = float(hunt.worth_of(np.array([cost]))[0] + chance)
+                if score > -np.inf:
+                    found[row, move] = score
+    return found
+
+
+def test_a_large_picture_takes_little_memory():
+    """384 x 384 pixels have 4,096 atoms in 5,461 regions: nothing of one by the other, and no floats for each query."""
+    model = margins(lambda p: p.elements[:, :4].mean(1) + 1, image=(384, 384), words=0)
+    tracemalloc.start()
+    try:
+        (record,) = muroan.evaluate(
+            model, [model.sample()], Decoupling(), threat_model=threat(80, image=10), batch_size=4
+        )
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert record.queries == 80
+    assert most < 60e6
