@@ -630,10 +630,11 @@ class Hunt:
         # Where nothing is saved the score is -inf anyway: as soon as a flip is small, nearly everywhere.
         worth = (moved >= 1e-9) & (cost < self.bound)
         tried = [self.tried.setdefault(row, set()) for row in pool.tolist()]
-        kind = np.repeat(np.arange(len(one)), many)[np.argsort(order)]  # (N,)
+        kind_of = np.repeat(np.arange(len(one)), many)[np.argsort(order)]  # (N,)
         places = np.repeat(np.arange(len(pool)), [len(moves) for moves in tried]) * 2 * len(one)
         moves = np.fromiter(chain.from_iterable(tried), int, len(places))
-        gone = np.bincount(places + moves // regions * len(one) + kind[moves % regions], minlength=worth.size)
+        gone = np.bincount(places + moves // regions * len(one) + kind_of[moves % regions], minlength=worth.size)
+        # From here on (M,): what is worth a look and not tried with all of its kind.
         at = np.flatnonzero(worth & (gone.reshape(worth.shape) < np.tile(many, 2)))
         rows, moves = np.divmod(at, 2 * len(one))
         back, kind = np.divmod(moves, len(one))
