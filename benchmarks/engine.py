@@ -126,9 +126,14 @@ def save_vilt(folder: Path, words: list[str]) -> None:
 
 
 def model_of(arguments: argparse.Namespace) -> tuple[MultimodalModel, list[Sample]]:
+    """The model on its device, and samples; without a checkpoint, its own answers are the labels: none is skipped."""
+    device = torch.device(arguments.device)
     if arguments.model in FULL:
-        return full_model(arguments.model, arguments.samples)
-    return small_model(arguments.model, arguments.checkpoint, arguments.samples)
+        model, samples = full_model(arguments.model, arguments.samples)
+    else:
+        model, samples = small_model(arguments.model, arguments.checkpoint, arguments.samples)
+    model = model.to(device)
+    return model, samples if arguments.checkpoint else relabel(model, samples, device, arguments.precision)
 
 
 def narrowed(device: torch.device, precision: str) -> torch.autocast:
@@ -341,14 +346,16 @@ def beside_each_other(arguments: argparse.Namespace, model: MultimodalModel, sam
     for name, count in itertools.product(arguments.attacks, arguments.processes):
         seconds = parts(model, samples, size, arguments.precision)
         bare = bare_forwards(model, samples, size, 2.0, arguments.precision)
-        ready, results = context.Barrier(count), context.Queue()
+        ready, results = context.Barrier(count, timeout=300), context.Queue()
         given = (arguments, name, size, seconds, ready, results)
         work = [context.Process(target=one_of_several, args=given) for _ in range(count)]
         for process in work:
             process.start()
-        starts, ends, rows, least = zip(*(results.get() for _ in work), strict=True)
         for process in work:
-            process.join()
+            process.join()  # each has put little, so that none waits for it to be read
+        if any(process.exitcode for process in work):
+            raise SystemExit("a process failed, see above")
+        starts, ends, rows, least = zip(*(results.get() for _ in work), strict=True)
         wall = max(ends) - min(starts)
         rate, overhead = sum(rows) / wall, 1 - sum(least) / wall
         ratios[f"{name}, {count} processes"] = rate / bare
@@ -362,8 +369,6 @@ def one_of_several(
     """What one process does: tells when it began and ended, its forwards, and the seconds that these take alone."""
     device = torch.device(arguments.device)
     model, samples = model_of(arguments)
-    model = model.to(device)
-    samples = relabel(model, samples, device, arguments.precision)
     list(engine_of(arguments, model, "random_removal", size, "on").run(samples))  # until all is warm
     engine = engine_of(arguments, model, attack, size, "on")
     ready.wait()
@@ -416,9 +421,6 @@ def main() -> None:
         return
     device = torch.device(arguments.device)
     model, samples = model_of(arguments)
-    model = model.to(device)
-    if arguments.checkpoint is None:
-        samples = relabel(model, samples, device, arguments.precision)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(
         f"{arguments.model} on {name}, precision {arguments.precision}, torch {torch.__version__}, {platform.machine()}"

@@ -70,16 +70,16 @@ class RobustValidation(pl.Callback):
             still_valid=data.judge("val"),
             audit=False,
         )
-        robust, success = RobustAccuracy().to(pl_module.device), AttackSuccessRate().to(pl_module.device)
+        robust, success = RobustAccuracy(), AttackSuccessRate()  # on the CPU: a GPU would be waited for at each sample
         prepared = data.prepared("val")
         places = range(trainer.global_rank, min(self.samples, len(prepared)), trainer.world_size)
         samples = (prepared[place] for place in places)
         for r in engine.run(sample for sample in samples if isinstance(sample, Sample)):
             labels = (r.clean_label, r.adversarial_label, r.label)
-            robust.update(*(torch.tensor([label], device=pl_module.device) for label in labels))
-            success.update(*(torch.tensor([x], device=pl_module.device) for x in (r.flipped, r.attacked)))
-        pl_module.log("val/robust_accuracy", robust.compute().float(), prog_bar=True)
-        pl_module.log("val/attack_success_rate", success.compute().float())
+            robust.update(*(torch.tensor([label]) for label in labels))
+            success.update(*(torch.tensor([x]) for x in (r.flipped, r.attacked)))
+        pl_module.log("val/robust_accuracy", robust.to(pl_module.device).compute().float(), prog_bar=True)
+        pl_module.log("val/attack_success_rate", success.to(pl_module.device).compute().float())
 
 
 class StopEarly(EarlyStopping):
@@ -211,8 +211,6 @@ class AttackCallback(RecordingCallback):
             "decoupled_fraction": DecoupledFraction(),
             "queries": QueryCount(),
         }
-        for metric in self.metrics.values():
-            metric.to(pl_module.device)
         self._sums: Counter[str] = Counter()
         self._stride = max(1, self.total // RUNNING_POINTS)
 
@@ -234,7 +232,8 @@ class AttackCallback(RecordingCallback):
         self._take(trainer, self.engine.drain())
         self.close()
         for name, metric in self.metrics.items():
-            value = metric.compute()  # sums across processes
+            # Until here on the CPU: a GPU would be waited for at each sample. This sums across processes.
+            value = metric.to(pl_module.device).compute()
             for key, figure in (value if isinstance(value, dict) else {name: value}).items():
                 pl_module.log(f"attack/{key}", figure.float(), rank_zero_only=True)
         disagreements = torch.tensor(self.engine.statistics.disagreements, device=pl_module.device)
@@ -244,17 +243,13 @@ class AttackCallback(RecordingCallback):
         for r in results:
             if store:
                 self._folder.append(r)
-            device = self.metrics["queries"].device
-            label, clean, final = (
-                torch.tensor([x], device=device) for x in (r.label, r.clean_label, r.adversarial_label)
-            )
-            flipped, attacked = torch.tensor([r.flipped], device=device), torch.tensor([r.attacked], device=device)
+            label, clean, final = (torch.tensor([x]) for x in (r.label, r.clean_label, r.adversarial_label))
+            flipped, attacked = torch.tensor([r.flipped]), torch.tensor([r.attacked])
             self.metrics["clean_accuracy"].update(clean, label)
             self.metrics["robust_accuracy"].update(clean, final, label)
             self.metrics["attack_success_rate"].update(flipped, attacked)
-            fraction = torch.tensor([r.decoupled_fraction], device=device)
-            self.metrics["decoupled_fraction"].update(fraction, flipped)
-            self.metrics["queries"].update(torch.tensor([r.queries], device=device), attacked)
+            self.metrics["decoupled_fraction"].update(torch.tensor([r.decoupled_fraction]), flipped)
+            self.metrics["queries"].update(torch.tensor([r.queries]), attacked)
             running = self._count(r)
             self._bar.set_postfix_str(f"success {running['attack_success_rate']:.1f} %", refresh=False)
             self._bar.update()

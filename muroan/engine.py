@@ -21,7 +21,7 @@ import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
-from muroan.attacks.base import Ask, Attack, AttackedSample, Response, Search, ThreatModel, Together
+from muroan.attacks.base import Ask, Attack, AttackedSample, Below, Response, Search, ThreatModel, Together
 from muroan.attacks.target import BudgetExhausted, Perturbation, Target
 from muroan.data.samples import Sample
 from muroan.errors import MuroanError, check_whole
@@ -77,7 +77,7 @@ class _Sent:
         """`packed`, as soon as it is filled."""
         if self.done is not None:
             self.done.synchronize()
-        return self.packed.numpy()
+        return self.packed.numpy().copy()  # a GPU writes to memory of a kind that is scarce, and answers are kept
 
 
 Conversation = Generator[list[_Question], None, AttackResult]
@@ -97,6 +97,11 @@ def _shrinking(flips: Iterable[tuple[int, float, float]], last: float) -> list[t
             kept.append((at, size))
             least = cost
     return kept
+
+
+def _is_removal(found: Any) -> bool:
+    """Whether this is a removal of regions: `Removal(region)` is none, for a region is a tuple, too."""
+    return isinstance(found, Removal) and all(isinstance(region, Region) for region in found.regions)
 
 
 def _rows(places: Tensor) -> Callable[[Tensor], Tensor]:
@@ -376,14 +381,14 @@ class QueryEngine:
         slots = batch_size * (1 + self.ahead)
         self._store = _Store(model, self.threat_model, slots, self.device)
         self._free = list(range(slots))[::-1]
-        self._waiting: deque[Sample] = deque()
+        self._waiting: deque[Iterator[Sample]] = deque()
+        self._sent: deque[_Sent] = deque()  # what the model has been given and not been asked for
+        self._finished: deque[AttackResult] = deque()  # what nobody has taken yet
         self._admitted = 0
         self._live: dict[int, _Live] = {}  # by slot, in order of admission
         self._checked = False
         self._works: dict[Any, Callable[[list[_Live]], Sequence[Any]]] = {}
-        self._below: dict[
-            Region, tuple[list[Region], list[Region]]
-        ] = {}  # what all samples share of `AttackedSample.below`
+        self._below: Below = {}
         # Threads of numpy's own would go on waiting for work on the cores that torch's need next: a guided search was
         # slower on two cores than on one.
         self._numpy = ThreadpoolController().select(internal_api="openblas").select(threading_layer="pthreads")
@@ -392,42 +397,42 @@ class QueryEngine:
 
     def run(self, samples: Iterable[Sample]) -> Iterator[AttackResult]:
         """Attack samples; results come as they finish, not in order."""
-        for sample in samples:
-            yield from self.push([sample])
+        yield from self.push(samples)
         yield from self.drain()
 
     def push(self, samples: Iterable[Sample]) -> Iterator[AttackResult]:
-        """Take samples in and work while full batches can be packed; the rest waits for more or for `drain`."""
-        self._waiting.extend(samples)
-        return self._work(lambda: self._wanted >= self.batch_size)
+        """Take samples in, as there is room for them, and work while full batches, those ahead too, can be packed; the
+        rest waits for more or for `drain`."""
+        self._waiting.append(iter(samples))
+        return self._work(lambda: self._wanted + self._under_way >= self.batch_size * (1 + self.ahead))
 
     def drain(self) -> Iterator[AttackResult]:
         """Finish all searches."""
         return self._work(lambda: bool(self._live))
 
     def _work(self, go_on: Callable[[], bool]) -> Iterator[AttackResult]:
-        self._admit()
-        sent: deque[list[_Sent]] = deque()
-        while sent or go_on():
+        while True:
+            while self._finished:
+                yield self._finished.popleft()
+            self._admit()
+            if not go_on():
+                return
             # One batch that is not full would only be the first half of the next.
-            if go_on() and (not sent or (len(sent) <= self.ahead and self._wanted >= self.batch_size)):
+            if not self._sent or (len(self._sent) <= self.ahead and self._removals_wanted >= self.batch_size):
                 questions = self._pack()
                 work = questions[0].work
                 if work is None:
-                    sent.append(self._send(questions))
-                    if len(sent) <= self.ahead:
-                        continue
+                    self._sent.extend(self._send(questions))
                 else:
-                    told = work([question.live for question in questions])
-                    yield from self._take(zip(questions, told, strict=True))
-                    continue
-            for batch in sent.popleft():
-                yield from self._take(zip(batch.questions, self._receive(batch), strict=True))
+                    self._take(questions, work([question.live for question in questions]))
+            else:
+                sent = self._sent.popleft()
+                self._take(sent.questions, self._receive(sent))
 
-    def _take(self, answers: Iterable[tuple[_Question, Any]]) -> Iterator[AttackResult]:
-        """Let searches go on with answers to their questions; results of those that end."""
+    def _take(self, questions: Sequence[_Question], answers: Sequence[Any]) -> None:
+        """Let searches go on with the answers to their questions."""
         touched: dict[int, _Live] = {}
-        for question, answer in answers:
+        for question, answer in zip(questions, answers, strict=True):
             live = touched.setdefault(question.live.slot, question.live)
             live.in_flight -= 1
             if question.work is not None:
@@ -441,18 +446,36 @@ class QueryEngine:
             if result is not None:
                 del self._live[live.slot]
                 self._free.append(live.slot)
-                yield result
-        self._admit()
+                self._finished.append(result)
 
     @property
     def _wanted(self) -> int:
         """Questions that wait for a batch."""
         return sum(len(live.wanted) for live in self._live.values())
 
+    @property
+    def _removals_wanted(self) -> int:
+        """Those of them that are not work on a whole batch, which a search asks alone."""
+        return sum(len(live.wanted) for live in self._live.values() if live.wanted and live.wanted[0].work is None)
+
+    @property
+    def _under_way(self) -> int:
+        """Questions that the model has been given."""
+        return sum(len(sent.questions) for sent in self._sent)
+
+    def _next(self) -> Sample | None:
+        """The next sample that waits."""
+        while self._waiting:
+            sample = next(self._waiting[0], None)
+            if sample is not None:
+                return sample
+            self._waiting.popleft()
+        return None
+
     def _admit(self) -> None:
         admitted = []
-        while self._waiting and self._free:
-            sample, slot = self._waiting.popleft(), self._free.pop()
+        while self._free and (sample := self._next()) is not None:
+            slot = self._free.pop()
             if list(sample.inputs) != list(self.model.modalities):
                 raise MuroanError(
                     f"the model takes {list(self.model.modalities)}, sample {sample.id!r} has {list(sample.inputs)}"
@@ -537,10 +560,8 @@ class QueryEngine:
         if found is None:
             return self._result(live, clean, clean, failed)
         wanted = Removal if self.attack.kind == "removal" else Perturbation
-        if not isinstance(found, wanted):
-            raise MuroanError(
-                f"{self.attack.name}.search must return a {wanted.__name__} or None, got {type(found).__name__}"
-            )
+        if not isinstance(found, wanted) or (wanted is Removal and not _is_removal(found)):
+            raise MuroanError(f"{self.attack.name}.search must return a {wanted.__name__} or None, got {found!r:.200}")
         if self.on_found is not None:
             self.on_found(sample, found)
         if isinstance(found, Perturbation):
@@ -647,7 +668,7 @@ class QueryEngine:
 
         def checked() -> Iterator[Removal]:
             for removal in ask.removals:
-                if not isinstance(removal, Removal):
+                if not _is_removal(removal):
                     raise MuroanError(f"{self.attack.name}.search must ask removals (Removal.of), got {removal!r}")
                 yield removal
 
@@ -963,12 +984,12 @@ class QueryEngine:
             store.keep_embedding(slots[rows], embedding[rows].float() if dtype else embedding[rows])
         self.statistics.batches += 1
         self.statistics.rows += len(questions)
-        packed, done = self._numbers(Prediction(embedding, logits), slots), None
-        if self.device.type == "cuda":
-            packed = packed.to("cpu", non_blocking=True)
-            done = torch.cuda.Event()
-            done.record(torch.cuda.current_stream(self.device))
-        return _Sent(questions, packed.cpu(), logits.shape[1], done)
+        packed = self._numbers(Prediction(embedding, logits), slots)
+        if self.device.type != "cuda":
+            return _Sent(questions, packed.cpu(), logits.shape[1], None)
+        packed, done = packed.to("cpu", non_blocking=True), torch.cuda.Event()
+        done.record(torch.cuda.current_stream(self.device))
+        return _Sent(questions, packed, logits.shape[1], done)
 
     def _numbers(self, prediction: Prediction, slots: Tensor) -> Tensor:
         """(B, C + 4) logits, margin, embedding argmax, shift and margin of predictions about the slots' samples."""

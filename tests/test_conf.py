@@ -52,8 +52,7 @@ def no_gpus_taken(count: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """A machine with so many GPUs, in whose folder of temporary files there are no locks on them yet."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    monkeypatch.setattr(muroan.cli, "GPU_LOCKS", [])
-    muroan.cli.own_gpu.cache_clear()
+    monkeypatch.setattr(muroan.cli, "OWN_GPU", [])
 
 
 def test_there_is_a_group_for_every_choice() -> None:
@@ -155,22 +154,33 @@ def test_every_process_gets_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest
     no_gpus_taken(2, tmp_path, monkeypatch)
     assert job("device=own_gpu").device.devices == [0]
     assert job("device=own_gpu").device.devices == [0], "a process keeps what it has"
-    another_process = muroan.cli.own_gpu.__wrapped__
-    assert another_process() == 1
+    assert job("device=own_gpu", "device.jobs=2").device.devices == [0], "however many may share it"
+    another = muroan.cli.take_gpu
+    others = [another(1)]
+    assert others[0][0] == 1
     with pytest.raises(MuroanError, match=r"other jobs have all 2 GPUs of this machine: .*hydra\.launcher\.n_jobs=2"):
-        another_process()
-    assert [another_process(3) for _ in range(4)] == [0, 1, 0, 1], "those with fewer jobs come first"
-    with pytest.raises(MuroanError, match=r"run at most 6 at once .*n_jobs=6\), or more on each \(device\.jobs=4\)"):
-        another_process(3)
-    for gone in muroan.cli.GPU_LOCKS[2:]:
-        gone.close()
-    muroan.cli.GPU_LOCKS.pop(0).close()  # the first process ends
-    assert another_process() == 0
+        another(1)
+    muroan.cli.OWN_GPU.pop()[1].close()  # the first process ends
+    others.append(another(1))
+    assert others[1][0] == 0
     no_gpus_taken(0, tmp_path, monkeypatch)
     with pytest.raises(MuroanError, match="there is no GPU here"):
-        another_process()
+        another(1)
     with pytest.raises(InterpolationResolutionError, match=r"device\.jobs must be a whole number, .* got 0"):
         job("device=own_gpu", "device.jobs=0").device.devices[0]
+
+
+def test_processes_share_gpus_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_gpus_taken(2, tmp_path, monkeypatch)
+    processes = [muroan.cli.take_gpu(3) for _ in range(6)]
+    assert [index for index, _ in processes] == [0, 1, 0, 1, 0, 1]
+    with pytest.raises(MuroanError, match=r"run at most 6 at once .*n_jobs=6\), or more on each \(device\.jobs=4\)"):
+        muroan.cli.take_gpu(3)
+    for ended in (1, 3, 0):  # of GPU 1 one is left, of GPU 0 two
+        processes[ended][1].close()
+    with pytest.raises(MuroanError, match="other jobs have all 2 GPUs"):
+        muroan.cli.take_gpu(1)
+    assert [muroan.cli.take_gpu(3)[0] for _ in range(1)] == [1], "that with the fewest jobs"
 
 
 @pytest.mark.parametrize("name", [name for group, name in CHOICES if group == "device"])

@@ -704,9 +704,51 @@ def test_batches_given_to_the_model_ahead_change_no_record(which, limited):
         assert [record.to_json() for record in records] == [record.to_json() for record in expected]
         assert max(waiting for waiting, _ in engine.sent) == ahead
         assert all(size == batch_size for waiting, size in engine.sent if waiting), "only full batches go ahead"
+        if ahead:
+            assert sum(waiting > 0 for waiting, _ in engine.sent) > 0.8 * len(engine.sent), "nearly always"
     engine = QueryEngine(Poisoned(after=5), which, threat_model, 4, seed=3, ahead=1)
     with pytest.raises(MuroanError, match="nan"):
         list(engine.run(samples))
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_whole_batches_wait_for_questions_that_are_under_way(ahead):
+    """Work that searches ask for does not go out in halves, and lets no batch of removals go ahead that is not full."""
+    model = RandomToy()
+    samples = varied(model, 40, wrong=100)
+
+    class Mixed(BatchAttack):
+        name = "mixed"
+
+        def perturb(self, target):
+            return target.perturbations({"image": target.inputs["image"] * 0})
+
+        def search(self, sample):
+            yield [sample.draw(2) for _ in range(int(sample.rng.integers(1, 4)))]
+            return (yield Together(self.perturb))
+
+    engine = Recording(model, Mixed(), SINGLE, 8, ahead=ahead)
+    records = sorted(engine.run(samples), key=lambda record: record.index)
+    expected = muroan.evaluate(model, samples, Mixed(), threat_model=SINGLE, batch_size=1)
+    assert [record.to_json() for record in records] == [record.to_json() for record in expected]
+    assert all(size == 8 for waiting, size in engine.sent if waiting)
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_what_was_not_taken_is_there_the_next_time(ahead):
+    """Whoever stops taking results loses none of them."""
+    model = RandomToy()
+    samples = varied(model, 30)
+    expected = muroan.evaluate(model, samples, Greedy(), threat_model=SINGLE, batch_size=4)
+    engine, found = QueryEngine(model, Greedy(), SINGLE, 4, ahead=ahead), []
+    for start in range(0, 30, 10):
+        pushed = engine.push(samples[start : start + 10])
+        found += list(itertools.islice(pushed, 2))
+        pushed.close()
+    found += list(itertools.islice(engine.drain(), 3))
+    found += engine.drain()
+    found.sort(key=lambda record: record.index)
+    assert [record.to_json() for record in found] == [record.to_json() for record in expected]
 
 
 class Poisoned(RandomToy):
@@ -1161,13 +1203,15 @@ def test_minimality_and_interaction(condition, regions, minimal, interaction, ba
     assert (record.one_minimal, record.interaction) == (minimal, interaction)
 
 
-@pytest.mark.parametrize("nonsense", ["all of it", 3, pixel(0), [pixel(0)], True])
+@pytest.mark.parametrize("nonsense", ["all of it", 3, pixel(0), [pixel(0)], True, Removal(pixel(0))])
 def test_a_search_that_returns_nonsense_is_told(nonsense):
     with pytest.raises(MuroanError, match=r"scripted\.search must return a Removal or None, got"):
         attack(never(), returning(nonsense))
 
 
-@pytest.mark.parametrize("nonsense", [3, None, pixel(0), [pixel(0)], [[pixel(0)]], "abc", [None]], ids=str)
+@pytest.mark.parametrize(
+    "nonsense", [3, None, pixel(0), [pixel(0)], [[pixel(0)]], "abc", [None], [Removal(pixel(0))]], ids=str
+)
 def test_a_search_that_asks_nonsense_is_told(nonsense):
     def script(sample):
         yield nonsense

@@ -30,6 +30,8 @@ __all__ += ["Target", "ThreatModel", "Together"]
 
 Kind = Literal["removal", "perturbation", "corruption"]
 
+Below = dict[Region, tuple[list[Region], list[Region]]]  # see `AttackedSample.below`
+
 ROOTS = 64  # roots whose regions are remembered: one a modality and length
 
 
@@ -159,7 +161,7 @@ class AttackedSample:
     valid: Callable[[Removal], bool | None] | None = None
     proven: bool | None = None
     info: dict[str, Any] = field(default_factory=dict)
-    below: dict[Region, tuple[list[Region], list[Region]]] = field(default_factory=dict, repr=False)
+    below: Below = field(default_factory=dict, repr=False)
 
     def flipped(self, response: Response) -> bool:
         return response.label != self.label

@@ -241,7 +241,7 @@ class Hunt:
         self.tried: dict[int, set[int]] = {}  # of each row, the regions added (as N more: put back) to no avail
         self.rows = {self.sets[0].tobytes(): 0}
         self.effect = np.full(regions, np.nan)
-        self.kind = np.zeros(len(u.atoms), dtype=int)  # alike where all known sets have two atoms together, or neither
+        self.group = np.zeros(len(u.atoms), dtype=int)  # of each atom; all known sets have all of a group, or none
 
     def cost(self, chosen: np.ndarray) -> float:
         """What the objective makes of a set of atoms (A,); between equal numbers of parts the smaller fraction wins."""
@@ -302,7 +302,8 @@ class Hunt:
         if not count:
             return
         while first + count > len(self.distances):
-            grown = (np.concatenate([a, np.zeros_like(a)]) for a in self._arrays())
+            arrays = self.sets, self.distances, self.flipped, self.costs
+            grown = (np.concatenate([a, np.zeros_like(a)]) for a in arrays)
             self.sets, self.distances, self.flipped, self.costs = grown
         new, answered = np.array(sets[:count]), slice(first, first + count)
         self.sets[answered], self.costs[answered] = new, self.costs_of(new)
@@ -315,13 +316,14 @@ class Hunt:
                 self.best, self.bound, self.since = chosen, float(self.costs[row]), 0
         self.known += count
         self.asked += count
-        for start in range(0, count, 32):  # numbers of 64 bits have room for so many sets more
-            for chosen in new[start : start + 32]:
-                self.kind = 2 * self.kind + chosen
-            self.kind = np.unique(self.kind, return_inverse=True)[1]
+        self.tell_apart(new)
 
-    def _arrays(self) -> tuple[np.ndarray, ...]:
-        return self.sets, self.distances, self.flipped, self.costs
+    def tell_apart(self, sets: np.ndarray) -> None:
+        """Split groups of atoms of which some are in one of the sets (n, A), and others not."""
+        for start in range(0, len(sets), 32):  # numbers of 64 bits have room for so many sets more
+            for chosen in sets[start : start + 32]:
+                self.group = 2 * self.group + chosen
+            self.group = np.unique(self.group, return_inverse=True)[1]
 
     def single(self, regions: Sequence[int], phase: str) -> Asking:
         """Ask regions alone and note their effects."""
@@ -580,7 +582,7 @@ class Hunt:
         """(N,) what each region is expected to do in company."""
         return self.effect * np.clip(self.both / self.alone, 0, 1.5)[self.universe.modality]
 
-    def alike(self, regions: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
+    def groups(self, regions: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
         """Atoms that every known set has, or has not, together; and every set that some regions (rows) are added to.
 
         Of a large picture most are: what is summed over atoms is summed over groups of them in less time.
@@ -588,12 +590,12 @@ class Hunt:
         Returns:
             (A,) the group of each atom; (G,) an atom of each group.
         """
-        inner = np.zeros(len(self.kind), dtype=int)
+        inner = np.zeros(len(self.group), dtype=int)
         spans = {(self.universe.first[region], self.universe.last[region]) for region in regions}
         # Regions lie within each other or apart, so that the innermost tells which ones an atom is in.
         for number, (first, last) in enumerate(sorted(spans, key=lambda span: span[0] - span[1]), 1):
             inner[first:last] = number
-        _, one, group = np.unique(self.kind * (len(spans) + 1) + inner, return_index=True, return_inverse=True)
+        _, one, group = np.unique(self.group * (len(spans) + 1) + inner, return_index=True, return_inverse=True)
         return group, one
 
     def candidates(self) -> list[tuple[np.ndarray, int, int, float]]:
@@ -652,6 +654,8 @@ class Hunt:
             top: list[tuple[int, int, int]] = []  # place in the pool, move, and where it is scored
             for place in highest(score, SHORT).tolist():
                 top += [(int(rows[place]), move, place) for move in untried(place)[: SHORT - len(top)]]
+                if len(top) == SHORT:
+                    break
             if not top:
                 return []
             top.sort()
@@ -680,9 +684,9 @@ class Hunt:
             (N,) all regions, those of a kind side by side; (C,) where each kind starts.
         """
         u = self.universe
-        changes = np.append(0, np.cumsum(self.kind[1:] != self.kind[:-1]))
+        changes = np.append(0, np.cumsum(self.group[1:] != self.group[:-1]))
         apart = changes[u.first] != changes[u.last - 1]  # some atoms of it are known without others
-        known = np.where(apart, len(self.kind) + np.arange(len(effect)), self.kind[u.first])
+        known = np.where(apart, len(self.group) + np.arange(len(effect)), self.group[u.first])
         order = np.lexsort((spread, effect, self.region_price, known))
         ordered = [values[order] for values in (known, self.region_price, effect, spread)]
         differs = np.any([values[1:] != values[:-1] for values in ordered], axis=0)
@@ -701,7 +705,7 @@ class Hunt:
         """A round of the candidates, best first; one that is near another of the round tells little new."""
         sets = np.array([chosen for chosen, _, _, _ in candidates])
         variance = self.uncertainty()
-        group, one = self.alike([move % len(self.effect) for _, _, move, _ in candidates])
+        group, one = self.groups([move % len(self.effect) for _, _, move, _ in candidates])
         weight, grouped = np.bincount(group, variance), sets[:, one]
         far = between(grouped, self.sets[: self.known, one], weight)
         nearest = far.argmin(1)
@@ -733,7 +737,7 @@ class Hunt:
         if not len(new):
             return
         variance, effect = self.uncertainty(), self.effects()[u.atoms]
-        group, one = self.alike()
+        group, one = self.groups()
         sets = self.sets[: self.known, one]
         steps = between(sets[new], sets, np.bincount(group).astype(float))
         far = between(sets[new], sets, np.bincount(group, variance))

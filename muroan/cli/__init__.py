@@ -11,8 +11,6 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
-from itertools import product
 from pathlib import Path
 from typing import TextIO
 
@@ -63,7 +61,8 @@ warnings.filterwarnings("ignore", r"\s*'hydra/launcher/\w+' is validated against
 
 INTERRUPTED = "interrupted; the same command goes on from here"
 
-GPU_LOCKS: list[TextIO] = []  # of `own_gpu`: a lock lasts as long as its file is open
+OWN_GPU: list[tuple[int, TextIO]] = []  # of `own_gpu`: a lock lasts as long as its file is open
+MOST_JOBS = 64  # on one GPU
 
 
 def main() -> None:
@@ -207,14 +206,19 @@ def choices() -> str:
     return "\n".join(["\nChoices:", *(f"  {group:<16}{' '.join(of(group))}" for group in groups)])
 
 
-@cache
 def own_gpu(jobs: int = 1) -> int:
-    """The number of a GPU that fewer than so many other processes of this user have got here; it is ours, too, until
-    this process ends. Those that have none come first.
+    """The number of a GPU for this process, until it ends: of those that the fewest other processes of this user have.
 
     Raises:
-        MuroanError: there is none left, or `jobs` is not a whole number, at least 1.
+        MuroanError: at least `jobs` others have each GPU, or `jobs` is not a whole number, at least 1.
     """
+    if not OWN_GPU:
+        OWN_GPU.append(take_gpu(jobs))
+    return OWN_GPU[0][0]
+
+
+def take_gpu(jobs: int) -> tuple[int, TextIO]:
+    """A GPU that fewer than `jobs` have taken, and the lock that tells others that one more has; see `own_gpu`."""
     import fcntl
     import tempfile
 
@@ -223,23 +227,40 @@ def own_gpu(jobs: int = 1) -> int:
     check_whole("device", jobs=jobs)
     count = torch.cuda.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    for place, index in product(range(jobs), range(count)):
-        name = visible[index] if index < len(visible) and visible[index] else str(index)
-        name = f"muroan-{os.getuid()}-gpu-{name}" + (f"-{place}" if place else "")
-        lock = open(Path(tempfile.gettempdir()) / name, "w")  # noqa: SIM115
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            continue
-        GPU_LOCKS.append(lock)
-        return index
-    raise MuroanError(
-        f"device=own_gpu: other jobs have all {count} GPUs of this machine: run at most {count * jobs} at once "
-        f"(hydra.launcher.n_jobs={count * jobs}), or more on each (device.jobs={jobs + 1})"
-        if count
-        else "device=own_gpu: there is no GPU here: choose device=cpu"
-    )
+    folder = Path(tempfile.gettempdir())
+    with open(folder / f"muroan-{os.getuid()}-gpus", "w") as gate:  # one process at a time counts
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        taken = []
+        for index in range(count):
+            gpu = visible[index] if index < len(visible) and visible[index] else index
+            places = [folder / f"muroan-{os.getuid()}-gpu-{gpu}-{place}" for place in range(MOST_JOBS)]
+            free = [place for place in places if not place.exists() or locked(place, keep=False)]
+            taken.append((MOST_JOBS - len(free), index, free))
+        others, index, free = min(taken, default=(jobs, 0, []))
+        lock = locked(free[0], keep=True) if others < jobs and free else None
+    if lock is None:
+        raise MuroanError(
+            f"device=own_gpu: other jobs have all {count} GPUs of this machine: run at most {count * jobs} at once "
+            f"(hydra.launcher.n_jobs={count * jobs}), or more on each (device.jobs={jobs + 1})"
+            if count
+            else "device=own_gpu: there is no GPU here: choose device=cpu"
+        )
+    return index, lock
+
+
+def locked(path: Path, keep: bool) -> TextIO | None:
+    """A file that this process has locked, None where another has. Without `keep` the lock is given back at once."""
+    import fcntl
+
+    file = open(path, "w")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    if not keep:
+        file.close()
+    return file
 
 
 OmegaConf.register_new_resolver("own_gpu", own_gpu, replace=True)

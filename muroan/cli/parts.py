@@ -91,7 +91,8 @@ def trainer_options(config: DictConfig) -> dict[str, Any]:
 
     if str(config.device.precision) not in PRECISIONS:
         raise MuroanError(f"device.precision must be one of {', '.join(PRECISIONS)}, got {config.device.precision!r}")
-    device = {name: value for name, value in plain(config.device).items() if name != "jobs"}  # ours
+    device = plain(config.device)
+    device.pop("jobs", None)  # how many share a GPU, which `own_gpu` has seen to
     if device["accelerator"] == "auto" and torch.backends.mps.is_available():
         device["accelerator"] = "cpu"  # what Apple's GPUs cannot do is float64, by which margins are compared
     return {
