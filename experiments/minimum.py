@@ -23,7 +23,7 @@ CAPTION = (
     "{samples} test samples, the usual regions; decoupling with at most {budget} queries, brute force with "
     "at most {asked}. What brute force finds is the smallest flip there is; ours *reaches* it where it is as small. "
     "Where brute force *ran out* the minimum is not known; ours *longer* is our search with {asked} queries and "
-    "no limit to its patience."
+    "no limit to its patience, and beside it *there* is ours on the samples that it was run on."
 )
 HEADS = ["dataset", "model", "seeds", "attacked", "minimum known", "reached (%)"]
 HEADS += ["smallest flip, mean (%)", "ours, mean (%)", "ran out", "ours there, mean (%)", "ours longer, mean (%)"]
@@ -75,6 +75,9 @@ def main() -> None:
             seeds = [a.seed for a, b in zip(mine, theirs, strict=True) if a.run is not None and b.run is not None]
             if lacking := [seed for seed in sweep.seeds if seed not in seeds]:
                 missing += f"- not run: {dataset} · {model}, seed {', '.join(map(str, lacking))}\n"
+            short = [str(cell.seed) for cell in longer[model, "decoupling"] if cell.run is None and cell.seed in seeds]
+            if short:
+                missing += f"- no longer search: {dataset} · {model}, seed {', '.join(short)}\n"
             if seeds:
                 figures = compared(mine, theirs, longer[model, "decoupling"])
                 rows.append([dataset, model, " ".join(map(str, seeds)), *figures])
