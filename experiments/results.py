@@ -86,12 +86,8 @@ def section(name: str, script: str = "") -> str:
 def _models(name: str) -> str:
     """Whether a table's models are those of Table 1, where it has some of the same name."""
     own, first = about(name).get("weights"), about("vulnerability").get("weights")
-    if name == "vulnerability" or first is None or own == {}:
+    if name == "vulnerability" or not first or not own:
         return ""
-    if own is None:
-        return (
-            "; its models were trained then and have other weights than those of Table 1, and its records are not kept"
-        )
     shared = [key for key in own if key in first]
     others = [key for key in shared if own[key] != first[key]]
     return f"; of its models {len(others)} have other weights than in Table 1" if others else ""
