@@ -6,6 +6,8 @@
     python benchmarks/engine.py --model mmbt_full --device cuda --precision bf16 # or vilt: full size, random weights
     python benchmarks/engine.py --sequential-samples 0 --attacks decoupling --reuse on    # some attacks alone
     python benchmarks/engine.py --model vilt --device cuda --precision bf16 --processes 4  # several on one GPU
+    python benchmarks/engine.py --model nothing --side 384 --samples 8 --batch-sizes 8 --max-queries 150 \\
+        --sequential-samples 0 --attacks decoupling --reuse on --memory     # what a search costs without a model
 
 *Overhead* is the share of the time that the same encodings and fusions would not take in full batches alone.
 
@@ -24,7 +26,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +36,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from torch import nn
 
 import muroan.engine
 from muroan.attacks.base import Ask, Attack, AttackedSample, Response, ThreatModel
@@ -44,12 +47,12 @@ from muroan.attacks.random_removal import RandomRemoval
 from muroan.attacks.saliency_removal import SaliencyRemoval
 from muroan.data.samples import Batch, Sample
 from muroan.engine import AUTOCAST, QueryEngine
-from muroan.modalities import Removal
+from muroan.modalities import Image, Modality, Removal, Text, WordTokenizer
 from muroan.models.base import MultimodalModel
 from muroan.results import AttackResult
 
 SMALL = ["mmbt", "cross_attention", "concat", "late_fusion"]
-FULL = ["mmbt_full", "vilt"]
+MADE_UP = ["mmbt_full", "vilt", "nothing"]  # random weights, noise images
 
 
 def small_model(name: str, checkpoint: str | None, samples: int) -> tuple[MultimodalModel, list[Sample]]:
@@ -83,18 +86,42 @@ def small_model(name: str, checkpoint: str | None, samples: int) -> tuple[Multim
     return model, [s for s in data.prepared("test") if isinstance(s, Sample)]
 
 
-def full_model(name: str, samples: int) -> tuple[MultimodalModel, list[Sample]]:
-    """A model in full size with random weights on noise images and made-up words: speed does not depend on them."""
+class Nothing(MultimodalModel):
+    """Next to no model: averages of the picture and the words, and a margin that no removal gets over."""
+
+    def __init__(self, modalities: Mapping[str, Modality], num_classes: int):
+        super().__init__(modalities, num_classes)
+        text = modalities["text"]
+        assert isinstance(text, Text)
+        self.words, self.patches = nn.Embedding(text.tokenizer.size, 16), nn.Linear(3 * 49, 16)
+        self.classifier = nn.Linear(16, num_classes)
+        self.classifier.bias.data[0] += 10
+
+    def encode(self, modality: str, x: torch.Tensor) -> torch.Tensor:
+        if modality == "text":
+            return self.words(x).mean(1)
+        return self.patches(nn.functional.adaptive_avg_pool2d(x, 7).flatten(1))
+
+    def fuse(self, features: dict[str, Any]) -> torch.Tensor:
+        return torch.tanh(features["image"] + features["text"])
+
+    def head(self, embedding: torch.Tensor) -> torch.Tensor:
+        return self.classifier(embedding)
+
+
+def made_up_model(name: str, samples: int, side: int) -> tuple[MultimodalModel, list[Sample]]:
+    """A model in full size, or none, with random weights on noise images and words: speed does not depend on them."""
     from muroan.data.samples import Example, PreparedDataset
-    from muroan.modalities import Image, Text, WordTokenizer
     from muroan.models.huggingface import Vilt
     from muroan.models.mmbt_full import MMBTFull
 
     torch.manual_seed(0)
     words = [f"w{i}" for i in range(2000)]
-    modalities = {"image": Image((224, 224)), "text": Text(WordTokenizer(words), 32)}
-    if name == "mmbt_full":
-        model: MultimodalModel = MMBTFull(modalities, 2, bert={}, resnet={}, max_length=32).eval()
+    modalities = {"image": Image((side, side)), "text": Text(WordTokenizer(words), 32)}
+    if name == "nothing":
+        model: MultimodalModel = Nothing(modalities, 2).eval()
+    elif name == "mmbt_full":
+        model = MMBTFull(modalities, 2, bert={}, resnet={}, size=(side, side), max_length=32).eval()
     else:
         with TemporaryDirectory() as folder:
             save_vilt(Path(folder), words)
@@ -104,7 +131,7 @@ def full_model(name: str, samples: int) -> tuple[MultimodalModel, list[Sample]]:
         Example(
             str(i),
             {
-                "image": rng.integers(0, 255, (224, 224, 3), dtype=np.uint8),
+                "image": rng.integers(0, 255, (side, side, 3), dtype=np.uint8),
                 "text": " ".join(rng.choice(words, 12)),
             },
             0,
@@ -128,8 +155,8 @@ def save_vilt(folder: Path, words: list[str]) -> None:
 def model_of(arguments: argparse.Namespace) -> tuple[MultimodalModel, list[Sample]]:
     """The model on its device, and samples; without a checkpoint, its own answers are the labels: none is skipped."""
     device = torch.device(arguments.device)
-    if arguments.model in FULL:
-        model, samples = full_model(arguments.model, arguments.samples)
+    if arguments.model in MADE_UP:
+        model, samples = made_up_model(arguments.model, arguments.samples, arguments.side)
     else:
         model, samples = small_model(arguments.model, arguments.checkpoint, arguments.samples)
     model = model.to(device)
@@ -387,22 +414,25 @@ def peak_memory(arguments: argparse.Namespace, samples: int) -> float:
 
 def memory_of(arguments: argparse.Namespace) -> float:
     count, device = arguments.memory_of, torch.device(arguments.device)
-    model, samples = (
-        full_model(arguments.model, 64) if arguments.model in FULL else small_model(arguments.model, None, 256)
-    )
-    model = model.to(device)
+    model, samples = model_of(arguments)
     engine = QueryEngine(model, RandomRemoval(draws=4), batch_size=arguments.batch_sizes[0], keep_media=0)
     stream = (replace(samples[i % len(samples)], id=str(i), index=i) for i in range(count))
     for _ in engine.run(stream):
         pass
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
+    return most_memory()
+
+
+def most_memory() -> float:
+    """The most memory of the CPU's that this process has had, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=[*SMALL, *FULL], default="mmbt")
+    parser.add_argument("--model", choices=[*SMALL, *MADE_UP], default="mmbt")
+    parser.add_argument("--side", type=int, default=224, help="of the images of mmbt_full and nothing")
     parser.add_argument("--checkpoint")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="32", choices=list(AUTOCAST))
@@ -432,6 +462,7 @@ def main() -> None:
 
     ratios = {} if arguments.sequential_samples == 0 else beside_loop(arguments, model, samples, best)
     ratios |= by_attack(arguments, model, samples, best) if arguments.reuse else {}
+    print(f"memory of this process: {most_memory():.0f} MiB at most")
     ratios |= beside_each_other(arguments, model, samples, best) if arguments.processes else {}
     if arguments.memory:
         peaks = {count: peak_memory(arguments, count) for count in arguments.memory}

@@ -378,6 +378,7 @@ class QueryEngine:
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.statistics = EngineStatistics(encoded=dict.fromkeys(model.modalities, 0))
         self.ahead = int(self.device.type == "cuda") if ahead is None else ahead
+        check_whole("engine", 0, ahead=self.ahead)
         slots = batch_size * (1 + self.ahead)
         self._store = _Store(model, self.threat_model, slots, self.device)
         self._free = list(range(slots))[::-1]

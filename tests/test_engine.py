@@ -716,11 +716,13 @@ def test_whole_batches_wait_for_questions_that_are_under_way(ahead):
     """Work that searches ask for does not go out in halves, and lets no batch of removals go ahead that is not full."""
     model = RandomToy()
     samples = varied(model, 40, wrong=100)
+    worked: list[int] = []
 
     class Mixed(BatchAttack):
         name = "mixed"
 
         def perturb(self, target):
+            worked.append(len(target))
             return target.perturbations({"image": target.inputs["image"] * 0})
 
         def search(self, sample):
@@ -729,6 +731,7 @@ def test_whole_batches_wait_for_questions_that_are_under_way(ahead):
 
     engine = Recording(model, Mixed(), SINGLE, 8, ahead=ahead)
     records = sorted(engine.run(samples), key=lambda record: record.index)
+    assert worked == [8] * 5
     expected = muroan.evaluate(model, samples, Mixed(), threat_model=SINGLE, batch_size=1)
     assert [record.to_json() for record in records] == [record.to_json() for record in expected]
     assert all(size == 8 for waiting, size in engine.sent if waiting)
@@ -1114,6 +1117,8 @@ def test_a_random_model_is_refused():
 def test_options_are_checked():
     with pytest.raises(MuroanError, match=r"engine\.batch_size must be a whole number, at least 1, got 0"):
         QueryEngine(never(), RandomRemoval(), batch_size=0)
+    with pytest.raises(MuroanError, match=r"engine\.ahead must be a whole number, at least 0, got -1"):
+        QueryEngine(never(), RandomRemoval(), ahead=-1)
     with pytest.raises(MuroanError, match="precision must be one of 32, bf16, 16, got 'half'"):
         QueryEngine(never(), RandomRemoval(), precision="half")
     with pytest.raises(MuroanError, match="max_queries must be a whole number, at least 1, or null, got 0"):

@@ -68,7 +68,7 @@ class MMBTFull(MultimodalModel):
         self.image, self.text = names
         # A GPU's convolutions take and give channels last: else they turn every map around, and back.
         self.bert, self.resnet = language, vision.to(memory_format=torch.channels_last)
-        self.first, self.pad_id = len(text.tokenizer.prefix), text.tokenizer.pad_id
+        self.pad_id = text.tokenizer.pad_id
         for part, tokens in {"prefix": text.tokenizer.prefix, "suffix": text.tokenizer.suffix}.items():
             self.register_buffer(part, torch.tensor(tokens, dtype=torch.long), persistent=False)
         rows, columns = (pooling_matrix(math.ceil(s / 32), g) for s, g in zip(size, grid, strict=True))
@@ -88,8 +88,8 @@ class MMBTFull(MultimodalModel):
 
     def fuse(self, features: dict[str, Any]) -> Tensor:
         ids, image = features[self.text], features[self.image]
-        embed = self.bert.get_input_embeddings()
-        words, embedded = ids[:, self.first :], embed(ids)[:, self.first :]  # its [CLS] moves before the image
+        embed, first = self.bert.get_input_embeddings(), len(self.prefix)  # its [CLS] moves before the image
+        words, embedded = ids[:, first:], embed(ids)[:, first:]
         # Not by the table's own call, so that the text itself is its only one: gradients by words need that.
         around = (F.embedding(tokens, embed.weight) for tokens in (self.prefix, self.suffix))
         cls, sep = (t.expand(len(ids), -1, -1) for t in around)
