@@ -407,7 +407,7 @@ def one_of_several(
 def peak_memory(arguments: argparse.Namespace, samples: int) -> float:
     """Peak memory in MiB of a process of its own that attacks so many samples."""
     command = [sys.executable, __file__, "--memory-of", str(samples), "--model", arguments.model]
-    command += ["--device", arguments.device, "--precision", arguments.precision]
+    command += ["--device", arguments.device, "--precision", arguments.precision, "--side", str(arguments.side)]
     command += ["--batch-sizes", *map(str, arguments.batch_sizes)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
