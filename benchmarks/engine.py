@@ -12,7 +12,7 @@
 *Overhead* is the share of the time that the same encodings and fusions would not take in full batches alone.
 
 All figures come from one run on the same samples and model; compare them with each other, not across machines. Bare
-forwards are timed before and after whatever is held against them: a machine may be slower a minute later.
+forwards are timed in between, every half second of whatever is held against them: the pace of a machine changes.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ import resource
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -245,23 +246,44 @@ def timed(work: Callable[[], object], device: torch.device) -> tuple[float, obje
     return time.perf_counter() - start, result
 
 
-def bare_forwards(model: MultimodalModel, samples: list[Sample], size: int, seconds: float, precision: str) -> float:
-    """Whole forwards a second at one batch size, on inputs that lie on the device already."""
+Pieces = dict[str, Callable[[], object]]
+
+
+def pieces(model: MultimodalModel, samples: list[Sample], size: int, precision: str) -> Pieces:
+    """A full batch through the whole model, through the encoder of each modality, and through what comes after.
+
+    Returns:
+        `whole`, the names of the modalities, and `after`: what runs each.
+    """
     device = next(model.parameters()).device
     batch = Batch.of([samples[i % len(samples)] for i in range(size)]).to(device)
     inputs = {name: x[batch.rows[name]] for name, x in batch.inputs.items()}  # every row its own, as in a query
 
-    @torch.inference_mode()
-    def forward() -> None:
-        with narrowed(device, precision):
-            model(inputs).logits.cpu()
+    def ready(work: Callable[[], torch.Tensor | Any]) -> Callable[[], object]:
+        def run() -> None:
+            with torch.inference_mode(), narrowed(device, precision):
+                work()
 
-    for _ in range(3):
-        forward()
-    once, _ = timed(forward, device)
-    repeats = max(3, int(seconds / once))
-    total, _ = timed(lambda: [forward() for _ in range(repeats)], device)
-    return size * repeats / total
+        return run
+
+    with torch.inference_mode(), narrowed(device, precision):
+        features = {name: model.encode(name, x) for name, x in inputs.items()}
+    work = {"whole": lambda: model(inputs).logits.cpu(), "after": lambda: model.head(model.fuse(features))}
+    work |= {name: partial(model.encode, name, x) for name, x in inputs.items()}
+    return {name: ready(run) for name, run in work.items()}
+
+
+def seconds_of(work: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """What one run takes, of as many as fit into so many seconds."""
+    once = min(timed(work, device)[0] for _ in range(3))
+    repeats = max(3, int(seconds / max(once, 1e-5)))
+    return timed(lambda: [work() for _ in range(repeats)], device)[0] / repeats
+
+
+def bare_forwards(model: MultimodalModel, samples: list[Sample], size: int, seconds: float, precision: str) -> float:
+    """Whole forwards a second at one batch size, on inputs that lie on the device already."""
+    device = next(model.parameters()).device
+    return size / seconds_of(pieces(model, samples, size, precision)["whole"], device, seconds)
 
 
 REMOVAL_ATTACKS: dict[str, Callable[[], Attack]] = {
@@ -273,38 +295,70 @@ REMOVAL_ATTACKS: dict[str, Callable[[], Attack]] = {
 }
 
 
-def beside_bare(engine: QueryEngine, samples: list[Sample]) -> tuple[float, list[AttackResult], float]:
-    """Seconds that an engine takes and what it finds; bare forwards a second, the mean of before and after."""
+@dataclass
+class Beside:
+    """What an engine did, and what its model alone took in between.
 
-    def bare() -> float:
-        return bare_forwards(engine.model, samples, engine.batch_size, 2.0, engine.precision)
+    Attributes:
+        seconds: that the engine took, without what ran in between; results: what it found.
+        alone: seconds a row that each of the `pieces` took in full batches.
+    """
 
-    before = bare()
-    seconds, found = timed(lambda: list(engine.run(samples)), engine.device)
-    return seconds, found, (before + bare()) / 2  # type: ignore[return-value]
+    seconds: float
+    results: list[AttackResult]
+    alone: dict[str, float]
+
+    @property
+    def bare(self) -> float:
+        """Whole forwards a second."""
+        return 1 / self.alone["whole"]
+
+
+def beside_bare(engine: QueryEngine, samples: list[Sample]) -> Beside:
+    """Run an engine, and every half second of its own each of its model's pieces: machines change their pace."""
+    work, times = (
+        pieces(engine.model, samples, engine.batch_size, engine.precision),
+        defaultdict[str, list[float]](list),
+    )
+    send, since, between = engine._send, time.perf_counter(), 0.0
+
+    def measure() -> None:
+        nonlocal between, since
+        if engine.device.type == "cuda":
+            torch.cuda.synchronize()  # what the engine has under way is its own
+        start = time.perf_counter()
+        for name, run in work.items():
+            run()  # until what it needs is near again
+            times[name].append(timed(run, engine.device)[0])
+        since = time.perf_counter()
+        between += since - start
+
+    def sent(questions: list) -> Any:
+        if time.perf_counter() - since > 0.5:
+            measure()
+        return send(questions)
+
+    for run in 3 * list(work.values()):
+        run()
+    with patch.object(engine, "_send", sent):
+        total, results = timed(lambda: list(engine.run(samples)), engine.device)
+    engine_alone = total - between
+    if not times:
+        measure()
+    size = engine.batch_size
+    return Beside(engine_alone, results, {name: sum(own) / len(own) / size for name, own in times.items()})  # type: ignore[arg-type]
 
 
 def parts(model: MultimodalModel, samples: list[Sample], size: int, precision: str) -> dict[str, float]:
     """Seconds a row that encoding each modality takes, and what comes after, in full batches and nothing else."""
     device = next(model.parameters()).device
-    batch = Batch.of([samples[i % len(samples)] for i in range(size)]).to(device)
-    inputs = {name: x[batch.rows[name]] for name, x in batch.inputs.items()}
-
-    def often(work: Callable[[], object]) -> float:
-        with torch.inference_mode(), narrowed(device, precision):
-            once = min(timed(work, device)[0] for _ in range(3))
-            repeats = max(3, int(0.5 / max(once, 1e-5)))
-            return timed(lambda: [work() for _ in range(repeats)], device)[0] / repeats / size
-
-    with torch.inference_mode(), narrowed(device, precision):
-        features = {name: model.encode(name, x) for name, x in inputs.items()}
-    found = {name: often(partial(model.encode, name, x)) for name, x in inputs.items()}
-    return found | {"": often(lambda: model.head(model.fuse(features)))}
+    work = pieces(model, samples, size, precision)
+    return {name: seconds_of(run, device, 0.5) / size for name, run in work.items() if name != "whole"}
 
 
 def alone(engine: QueryEngine, seconds: dict[str, float]) -> float:
     """Seconds that what an engine has run would take in full batches and without anything else."""
-    return seconds[""] * engine.statistics.rows + sum(seconds[m] * n for m, n in engine.statistics.encoded.items())
+    return seconds["after"] * engine.statistics.rows + sum(seconds[m] * n for m, n in engine.statistics.encoded.items())
 
 
 # What is encoded once alone: nothing, whole inputs, or what removals leave of them, too.
@@ -321,7 +375,8 @@ def beside_loop(arguments: argparse.Namespace, model: MultimodalModel, samples: 
     ratios = {}
     for reuse in (True, False):
         engine = QueryEngine(model, attack, None, size, precision, keep_media=0, reuse_features=reuse)
-        seconds, results, bare = beside_bare(engine, samples)
+        beside = beside_bare(engine, samples)
+        seconds, results, bare = beside.seconds, beside.results, beside.bare
         asked = sum(r.queries + r.cache_hits for r in results)
         hits, rows = sum(r.cache_hits for r in results), engine.statistics.rows
         encoded = ", ".join(f"{100 * (1 - n / rows):.0f} % of {m}" for m, n in engine.statistics.encoded.items())
@@ -354,14 +409,15 @@ def by_attack(arguments: argparse.Namespace, model: MultimodalModel, samples: li
     for name, reuse in itertools.product(arguments.attacks, arguments.reuse):
         engine = engine_of(arguments, model, name, size, reuse)
         with patch.object(muroan.engine, "BATCHES", REUSE[reuse][1]):
-            before = parts(model, samples, size, arguments.precision)
-            seconds, _, bare = beside_bare(engine, samples)
-            after = parts(model, samples, size, arguments.precision)
-        rate, rows = engine.statistics.rows / seconds, engine.statistics.rows
-        ratios[f"{name}, reuse {reuse}"] = rate / bare
-        overhead = 1 - alone(engine, {part: (before[part] + after[part]) / 2 for part in before}) / seconds
+            beside = beside_bare(engine, samples)
+        rate, rows = engine.statistics.rows / beside.seconds, engine.statistics.rows
+        ratios[f"{name}, reuse {reuse}"] = rate / beside.bare
+        overhead = 1 - alone(engine, beside.alone) / beside.seconds
         encoded = ", ".join(f"{100 * n / rows:.0f} % {m}" for m, n in engine.statistics.encoded.items())
-        print(f"{name:22s} {reuse:5s} {rate:10.0f} {rate / bare:8.2f} {100 * overhead:7.0f} %  {encoded}", flush=True)
+        print(
+            f"{name:22s} {reuse:5s} {rate:10.0f} {rate / beside.bare:8.2f} {100 * overhead:7.0f} %  {encoded}",
+            flush=True,
+        )
     return ratios
 
 

@@ -101,7 +101,7 @@ def _shrinking(flips: Iterable[tuple[int, float, float]], last: float) -> list[t
 
 def _is_removal(found: Any) -> bool:
     """Whether this is a removal of regions: `Removal(region)` is none, for a region is a tuple, too."""
-    return isinstance(found, Removal) and all(isinstance(region, Region) for region in found.regions)
+    return isinstance(found, Removal) and {Region}.issuperset(map(type, found.regions))
 
 
 def _rows(places: Tensor) -> Callable[[Tensor], Tensor]:

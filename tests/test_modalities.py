@@ -24,6 +24,7 @@ from muroan.modalities import (
     Removal,
     Text,
     WordTokenizer,
+    blanked,
     box_mask,
     delete_positions,
     elements,
@@ -193,6 +194,22 @@ def test_box_mask_against_loops(shape, data):
     mask = box_mask(torch.tensor(boxes), shape)
     assert mask.dtype == torch.bool
     assert (mask.numpy() == expected).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64])
+@pytest.mark.parametrize("followed", [False, True])
+def test_blanked_keeps_every_bit_outside_the_mask(dtype, followed):
+    """As `masked_fill` does, of what is no number too, and where gradients are followed."""
+    x = torch.randn(4, 3, 5, 7, dtype=torch.float64).to(dtype)
+    x[0, 0, 0], x[1, 1, 1], x[2, 2, 2] = math.nan, -math.inf, -0.0
+    x.requires_grad_(followed)
+    mask = torch.rand(4, 1, 5, 7) < 0.4
+    found, expected = blanked(x, mask).detach(), x.detach().masked_fill(mask, 0)
+    assert found.dtype == dtype
+    assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+    if followed:
+        (gradient,) = torch.autograd.grad(blanked(x, mask).abs().sum(), x)
+        assert (gradient[mask.expand_as(x)] == 0).all()
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=12))
