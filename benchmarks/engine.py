@@ -6,10 +6,13 @@
     python benchmarks/engine.py --model mmbt_full --device cuda --precision bf16 # or vilt: full size, random weights
     python benchmarks/engine.py --sequential-samples 0 --attacks decoupling --reuse on    # some attacks alone
     python benchmarks/engine.py --model vilt --device cuda --precision bf16 --processes 4  # several on one GPU
+    python benchmarks/engine.py --model nothing --attacks decoupling --reuse on --sequential-samples 0 \\
+        --memory --batch-sizes 64 --search-processes 2                       # its searches in two processes more
     python benchmarks/engine.py --model nothing --side 384 --samples 8 --batch-sizes 8 --max-queries 150 \\
         --sequential-samples 0 --attacks decoupling --reuse on --memory     # what a search costs without a model
 
-*Overhead* is the share of the time that the same encodings and fusions would not take in full batches alone.
+*Overhead* is the share of the time that the same encodings and fusions would not take in full batches alone, *core ms*
+what a forward takes of the cores of the engine's own process: what feeding a GPU takes; on a CPU, the model is in it.
 
 All figures come from one run on the same samples and model; compare them with each other, not across machines. Bare
 forwards are timed in between, every half second of whatever is held against them: the pace of a machine changes.
@@ -301,10 +304,12 @@ class Beside:
 
     Attributes:
         seconds: that the engine took, without what ran in between; results: what it found.
+        core: likewise, seconds of this process's cores.
         alone: seconds a row that each of the `pieces` took in full batches.
     """
 
     seconds: float
+    core: float
     results: list[AttackResult]
     alone: dict[str, float]
 
@@ -320,18 +325,18 @@ def beside_bare(engine: QueryEngine, samples: list[Sample]) -> Beside:
         pieces(engine.model, samples, engine.batch_size, engine.precision),
         defaultdict[str, list[float]](list),
     )
-    send, since, between = engine._send, time.perf_counter(), 0.0
+    send, since, between, between_core = engine._send, time.perf_counter(), 0.0, 0.0
 
     def measure() -> None:
-        nonlocal between, since
+        nonlocal between, between_core, since
         if engine.device.type == "cuda":
             torch.cuda.synchronize()  # what the engine has under way is its own
-        start = time.perf_counter()
+        start, core = time.perf_counter(), time.process_time()
         for name, run in work.items():
             run()  # until what it needs is near again
             times[name].append(timed(run, engine.device)[0])
         since = time.perf_counter()
-        between += since - start
+        between, between_core = between + since - start, between_core + time.process_time() - core
 
     def sent(questions: list) -> Any:
         if time.perf_counter() - since > 0.5:
@@ -340,13 +345,14 @@ def beside_bare(engine: QueryEngine, samples: list[Sample]) -> Beside:
 
     for run in 3 * list(work.values()):
         run()
+    core = time.process_time()
     with patch.object(engine, "_send", sent):
         total, results = timed(lambda: list(engine.run(samples)), engine.device)
-    engine_alone = total - between
+    seconds, core = total - between, time.process_time() - core - between_core
     if not times:
         measure()
-    size = engine.batch_size
-    return Beside(engine_alone, results, {name: sum(own) / len(own) / size for name, own in times.items()})  # type: ignore[arg-type]
+    alone = {name: sum(own) / len(own) / engine.batch_size for name, own in times.items()}
+    return Beside(seconds, core, results, alone)  # type: ignore[arg-type]
 
 
 def parts(model: MultimodalModel, samples: list[Sample], size: int, precision: str) -> dict[str, float]:
@@ -398,14 +404,14 @@ def beside_loop(arguments: argparse.Namespace, model: MultimodalModel, samples: 
 
 def engine_of(arguments: argparse.Namespace, model: MultimodalModel, attack: str, size: int, reuse: str) -> QueryEngine:
     limit, removal = ThreatModel(max_queries=arguments.max_queries), REMOVAL_ATTACKS[attack]()
-    features = REUSE[reuse][0]
-    return QueryEngine(model, removal, limit, size, arguments.precision, keep_media=0, reuse_features=features)
+    options = {"keep_media": 0, "reuse_features": REUSE[reuse][0], "search_processes": arguments.search_processes}
+    return QueryEngine(model, removal, limit, size, arguments.precision, **options)
 
 
 def by_attack(arguments: argparse.Namespace, model: MultimodalModel, samples: list[Sample], size: int) -> dict:
     """Forwards a second of each removal attack over bare forwards, what it encodes, and what else takes time."""
     ratios = {}
-    print(f"{'attack':22s} {'reuse':5s} {'forwards/s':>10s} {'of bare':>8s} {'overhead':>9s}  encoded")
+    print(f"{'attack':22s} {'reuse':5s} {'forwards/s':>10s} {'of bare':>8s} {'overhead':>9s} {'core ms':>8s}  encoded")
     for name, reuse in itertools.product(arguments.attacks, arguments.reuse):
         engine = engine_of(arguments, model, name, size, reuse)
         with patch.object(muroan.engine, "BATCHES", REUSE[reuse][1]):
@@ -414,10 +420,8 @@ def by_attack(arguments: argparse.Namespace, model: MultimodalModel, samples: li
         ratios[f"{name}, reuse {reuse}"] = rate / beside.bare
         overhead = 1 - alone(engine, beside.alone) / beside.seconds
         encoded = ", ".join(f"{100 * n / rows:.0f} % {m}" for m, n in engine.statistics.encoded.items())
-        print(
-            f"{name:22s} {reuse:5s} {rate:10.0f} {rate / beside.bare:8.2f} {100 * overhead:7.0f} %  {encoded}",
-            flush=True,
-        )
+        line = f"{name:22s} {reuse:5s} {rate:10.0f} {rate / beside.bare:8.2f} {100 * overhead:7.0f} %"
+        print(f"{line} {1e3 * beside.core / rows:8.3f}  {encoded}", flush=True)
     return ratios
 
 
@@ -497,6 +501,7 @@ def main() -> None:
     parser.add_argument("--attacks", nargs="+", choices=list(REMOVAL_ATTACKS), default=list(REMOVAL_ATTACKS))
     parser.add_argument("--reuse", nargs="*", choices=list(REUSE), default=list(REUSE))
     parser.add_argument("--processes", nargs="*", type=int, default=[], help="so many at once, on the same device")
+    parser.add_argument("--search-processes", type=int, default=0, help="of each engine, besides its own")
     parser.add_argument("--max-queries", type=int, default=500)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[32, 64, 128, 256])
     parser.add_argument("--memory", type=int, nargs="*", default=[100, 1000, 5000])

@@ -162,7 +162,7 @@ class AttackCallback(RecordingCallback):
     The engine keeps searches alive across test batches, so that its own batches stay full.
 
     Args:
-        attack, threat_model, batch_size, seed, keep_media: see `QueryEngine`.
+        attack, threat_model, batch_size, seed, keep_media, search_processes: see `QueryEngine`.
         folder: of the run; see `RunFolder`.
         run, progress: see `RecordingCallback`.
 
@@ -181,11 +181,13 @@ class AttackCallback(RecordingCallback):
         seed: int = 0,
         keep_media: int = 48,
         progress: bool = True,
+        search_processes: int = 0,
     ):
         told = {"guided": attack.guided, "control": attack.control, "goal": attack.goal}
         super().__init__(attack.name, RunFolder, folder, {**run, **told}, progress)
         self.attack, self.threat_model = attack, threat_model
         self.batch_size, self.seed, self.keep_media = batch_size, seed, keep_media
+        self.search_processes = search_processes
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         data = getattr(trainer, "datamodule", None)
@@ -202,6 +204,7 @@ class AttackCallback(RecordingCallback):
             self.keep_media,
             donors=donors(multimodal) if multimodal and self.attack.needs_donors else (),
             still_valid=still_valid,
+            search_processes=self.search_processes,
         )
         self._done = {r.id: r for r in self.start(trainer) if r.attack == self.attack.name}
         self.metrics: dict[str, Metric] = {

@@ -21,13 +21,14 @@ import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
-from muroan.attacks.base import Ask, Attack, AttackedSample, Below, Response, Search, ThreatModel, Together
+from muroan.attacks.base import Ask, Attack, AttackedSample, Below, Response, ThreatModel, Together
 from muroan.attacks.target import BudgetExhausted, Perturbation, Target
 from muroan.data.samples import Sample
 from muroan.errors import MuroanError, check_whole
 from muroan.modalities import ElementSet, Layout, Region, Removal, removed_elements, stable_seed, word_edits
 from muroan.models.base import Features, MultimodalModel, Prediction, map_features, model_dtype
 from muroan.results import AttackResult, Count, Status
+from muroan.search_processes import Reply, SearchProcesses, StillValid, begun, resumed
 
 # What is removed of a sample, however it is spelled: of each touched modality, in the model's order, the number that
 # its search has given to the set of removed elements. The sets themselves are long numbers, slow to tell apart.
@@ -36,6 +37,7 @@ Key = tuple[tuple[str, int], ...]
 # The engine's own phases: they cost forwards and are no queries of the attacker's.
 CLEAN, VERIFY, AUDIT = OWN_PHASES = ("clean", "verify", "audit")
 
+GLANCE = 5e-4  # seconds of waiting for searches in other processes before a look whether a GPU is done
 LOOK_AHEAD = 32  # removals drawn at most to find a new question: an ask may repeat itself without end
 
 # Features of occluded inputs that are remembered, a modality: of so many batches, within so many bytes.
@@ -73,6 +75,10 @@ class _Sent:
     classes: int
     done: torch.cuda.Event | None
 
+    @property
+    def filled(self) -> bool:
+        return self.done is None or self.done.query()
+
     def wait(self) -> np.ndarray:
         """`packed`, as soon as it is filled."""
         if self.done is not None:
@@ -81,7 +87,6 @@ class _Sent:
 
 
 Conversation = Generator[list[_Question], None, AttackResult]
-StillValid = Callable[[Sample, Removal], "bool | None"]
 
 
 def _shrinking(flips: Iterable[tuple[int, float, float]], last: float) -> list[tuple[int, float]]:
@@ -122,6 +127,7 @@ class _Live:
             know more than that, having run ahead, and the ledger must not depend on it.
         refused: whether the budget kept a function of the attack's from a pass; see `Target.refused`.
         wanted: questions that wait for a batch; in_flight: how many are in one.
+        reply: what its search said last, where that runs in a process of its own.
         window, upcoming: removals of an `until` ask, drawn and not yet drawn; with each drawn one goes the state that
             the search's random generator was left in, as running ahead must not change what is drawn later.
     """
@@ -137,6 +143,7 @@ class _Live:
     refused: bool = False
     verified: Response | None = None
     told: Any = None
+    reply: Reply | None = None
     view: AttackedSample | None = None
     sets: dict[str, dict[ElementSet, int]] = field(default_factory=dict)
     flips: list[tuple[int, float, float]] = field(default_factory=list)
@@ -340,6 +347,8 @@ class QueryEngine:
         donors: samples that are not attacked, from which an attack may take parts.
         still_valid: the dataset's; see `MultimodalData.still_valid`.
         on_found: is told what each search returned, whether it flips or not.
+        search_processes: so many more, in which the searches of an attack that allows it (`Attack.apart`) run beside
+            the model; 0 for none. Which questions share a batch then depends on which search is done first.
         audit: False leaves out whether parts of a flip can be put back: `one_minimal` and `interaction` stay None.
         ahead: full batches that the model is given before the answers to an earlier one are awaited, so that a GPU
             computes while searches think; None for 1 on a GPU and 0 elsewhere.
@@ -363,6 +372,7 @@ class QueryEngine:
         on_found: Callable[[Sample, Removal | Perturbation], None] | None = None,
         audit: bool = True,
         ahead: int | None = None,
+        search_processes: int = 0,
     ):
         if any(module.training for module in model.modules()):
             raise MuroanError("the model is in training mode, so that its answers are random: call model.eval() first")
@@ -379,7 +389,9 @@ class QueryEngine:
         self.statistics = EngineStatistics(encoded=dict.fromkeys(model.modalities, 0))
         self.ahead = int(self.device.type == "cuda") if ahead is None else ahead
         check_whole("engine", 0, ahead=self.ahead)
-        slots = batch_size * (1 + self.ahead)
+        check_whole("engine", 0, search_processes=search_processes)
+        self.search_processes, self._apart = search_processes, search_processes > 0 and attack.apart
+        slots = batch_size * (1 + self.ahead + self._apart)  # while some are answered, others think
         self._store = _Store(model, self.threat_model, slots, self.device)
         self._free = list(range(slots))[::-1]
         self._waiting: deque[Iterator[Sample]] = deque()
@@ -387,6 +399,8 @@ class QueryEngine:
         self._finished: deque[AttackResult] = deque()  # what nobody has taken yet
         self._admitted = 0
         self._live: dict[int, _Live] = {}  # by slot, in order of admission
+        self._thinking: dict[int, _Live] = {}  # by number, those that wait for a reply from another process
+        self._processes: SearchProcesses | None = None
         self._checked = False
         self._works: dict[Any, Callable[[list[_Live]], Sequence[Any]]] = {}
         self._below: Below = {}
@@ -405,30 +419,54 @@ class QueryEngine:
         """Take samples in, as there is room for them, and work while full batches, those ahead too, can be packed; the
         rest waits for more or for `drain`."""
         self._waiting.append(iter(samples))
-        return self._work(lambda: self._wanted + self._under_way >= self.batch_size * (1 + self.ahead))
+        most = self.batch_size * (1 + self.ahead + self._apart)
+        return self._work(lambda: self._wanted + self._under_way + len(self._thinking) >= most)
 
     def drain(self) -> Iterator[AttackResult]:
         """Finish all searches."""
-        return self._work(lambda: bool(self._live))
+        yield from self._work(lambda: bool(self._live))
+        self._end_processes()
+
+    def _end_processes(self) -> None:
+        if self._processes is not None:
+            self._processes.close()
+            self._processes = None
 
     def _work(self, go_on: Callable[[], bool]) -> Iterator[AttackResult]:
+        try:
+            yield from self._steps(go_on)
+        except Exception:
+            self._end_processes()
+            raise
+
+    def _steps(self, go_on: Callable[[], bool]) -> Iterator[AttackResult]:
         while True:
+            self._hear()
             while self._finished:
                 yield self._finished.popleft()
             self._admit()
             if not go_on():
                 return
-            # One batch that is not full would only be the first half of the next.
-            if not self._sent or (len(self._sent) <= self.ahead and self._removals_wanted >= self.batch_size):
+            if self._ready:
                 questions = self._pack()
                 work = questions[0].work
                 if work is None:
                     self._sent.extend(self._send(questions))
                 else:
                     self._take(questions, work([question.live for question in questions]))
-            else:
+            elif self._sent and (not self._thinking or len(self._sent) > self.ahead or self._sent[0].filled):
                 sent = self._sent.popleft()
                 self._take(sent.questions, self._receive(sent))
+            else:  # more questions may come in time for a batch to go ahead
+                self._hear(GLANCE if self._sent else None)
+
+    @property
+    def _ready(self) -> bool:
+        """Whether the model is to be given a batch before anything else: a full one, or all that there is."""
+        full = self._removals_wanted >= self.batch_size
+        if self._sent:
+            return full and len(self._sent) <= self.ahead  # one that is not full would only be half of the next
+        return full or 2 * len(self._thinking) <= len(self._live)  # one half is answered while the other thinks
 
     def _take(self, questions: Sequence[_Question], answers: Sequence[Any]) -> None:
         """Let searches go on with the answers to their questions."""
@@ -442,12 +480,17 @@ class QueryEngine:
                 live.verified = answer
             else:
                 live.answers[question.key] = answer
-        for live in touched.values():
-            result = self._advance(live)
-            if result is not None:
-                del self._live[live.slot]
-                self._free.append(live.slot)
-                self._finished.append(result)
+        self._go_on(touched.values())
+
+    def _go_on(self, lives: Iterable[_Live]) -> None:
+        """Let conversations go on, and the slots of those that have ended go."""
+        with self._numpy.limit(limits=1):
+            for live in lives:
+                result = self._advance(live)
+                if result is not None:
+                    del self._live[live.slot]
+                    self._free.append(live.slot)
+                    self._finished.append(result)
 
     @property
     def _wanted(self) -> int:
@@ -493,8 +536,7 @@ class QueryEngine:
             admitted.append((slot, sample, stable_seed(self.seed, "noise", sample.id)))
         if admitted:
             self._store.admit(admitted)
-        for slot, _, _ in admitted:
-            self._advance(self._live[slot])
+        self._go_on([self._live[slot] for slot, _, _ in admitted])
 
     def _advance(self, live: _Live) -> AttackResult | None:
         """Let the conversation go on, if it has all its answers, to its next questions or its result."""
@@ -502,8 +544,7 @@ class QueryEngine:
             return None
         assert live.conversation is not None
         try:
-            with self._numpy.limit(limits=1):
-                live.wanted.extend(next(live.conversation))
+            live.wanted.extend(next(live.conversation))
         except StopIteration as stop:
             return stop.value
         return None
@@ -556,7 +597,7 @@ class QueryEngine:
             valid,
             below=self._below,
         )
-        found, exhausted = yield from self._search(live, self.attack.search(live.view))
+        found, exhausted = yield from self._search(live)
         failed: Status = "budget_exhausted" if exhausted or live.refused else "held"
         if found is None:
             return self._result(live, clean, clean, failed)
@@ -628,30 +669,49 @@ class QueryEngine:
             result.trajectory = [*seen[:-1], (seen[-1][0], result.decoupled_fraction)]  # as measured
         return result
 
-    def _search(self, live: _Live, search: Search) -> Generator[list[_Question], None, tuple[Any, bool]]:
+    def _search(self, live: _Live) -> Generator[list[_Question], None, tuple[Any, bool]]:
         """Drive the attack's own generator; returns what it returned, and whether the budget cut it short."""
-        if not isinstance(search, Generator):
-            raise MuroanError(
-                f"{self.attack.name}.search must be a generator, which yields what it asks, got {search!r}"
-            )
-        exhausted = False
-        resume: Callable[[], Any] = partial(next, search)
+        assert live.view is not None
+        search = None if self._apart else begun(self.attack, live.view)
+        exhausted, message = False, None
         while True:
+            reply = (yield from self._replied(live, message)) if search is None else resumed(search, message)
+            if reply.ended:
+                return reply.found, exhausted or reply.exhausted
             try:
-                asked = resume()
-            except StopIteration as stop:
-                return stop.value, exhausted
-            except BudgetExhausted:
-                return None, True
-            try:
-                if isinstance(asked, Together):
-                    responses = yield from self._answer_together(live, asked)
+                if isinstance(reply.asked, Together):
+                    message = yield from self._answer_together(live, reply.asked)
                 else:
-                    responses = yield from self._answer(live, self._checked_ask(asked))
-                resume = partial(search.send, responses)
+                    message = yield from self._answer(live, self._checked_ask(reply.asked))
             except BudgetExhausted as refusal:
-                exhausted = True
-                resume = partial(search.throw, refusal)
+                exhausted, message = True, refusal
+
+    def _replied(self, live: _Live, message: Any) -> Generator[list[_Question], None, Reply]:
+        """What a search in another process says to a message. Has no questions until that is there."""
+        assert live.view is not None
+        if self._processes is None:
+            self._processes = SearchProcesses(
+                self.search_processes, self.attack, self.model.modalities, self.threat_model, self.still_valid
+            )
+        if message is None:
+            self._processes.start(live.number, live.view, live.sample)
+        else:
+            self._processes.tell(live.number, message)
+        self._thinking[live.number] = live
+        yield []
+        reply = live.reply
+        assert reply is not None
+        if reply.ended:
+            live.view.proven, live.view.info = reply.proven, reply.info
+        return reply
+
+    def _hear(self, seconds: float | None = 0) -> None:
+        """Let those go on whose searches have replied; see `SearchProcesses.hear`."""
+        if self._processes is not None and self._thinking:
+            heard = self._processes.hear(seconds)
+            for number, reply in heard:
+                self._thinking[number].reply = reply
+            self._go_on([self._thinking.pop(number) for number, _ in heard])
 
     def _checked_ask(self, asked: Any) -> Ask:
         """What a search yielded, as an ask.
@@ -1080,13 +1140,14 @@ def evaluate(
     donors: Sequence[Sample] = (),
     still_valid: StillValid | None = None,
     progress: bool = False,
+    search_processes: int = 0,
 ) -> list[AttackResult]:
     """Attack every sample of a dataset; the whole of MUROAN in one call, without Lightning or Hydra.
 
     Args:
         model: is put into evaluation mode and moved to `device`, if one is given.
         dataset: samples as the model takes them, such as `EasyVQA().prepared("test")`.
-        threat_model, batch_size, precision, seed, donors, still_valid: see `QueryEngine`.
+        threat_model, batch_size, precision, seed, donors, still_valid, search_processes: see `QueryEngine`.
         progress: show a progress bar.
 
     Returns:
@@ -1098,9 +1159,8 @@ def evaluate(
     from tqdm.auto import tqdm
 
     model = model.eval() if device is None else model.eval().to(device)
-    engine = QueryEngine(
-        model, attack, threat_model, batch_size, precision, seed, donors=donors, still_valid=still_valid
-    )
+    options = {"donors": donors, "still_valid": still_valid, "search_processes": search_processes}
+    engine = QueryEngine(model, attack, threat_model, batch_size, precision, seed, **options)  # type: ignore[arg-type]
     total = len(dataset) if hasattr(dataset, "__len__") else None  # type: ignore[arg-type]
     results, flipped, attacked = [], 0, 0
     with tqdm(total=total, desc=attack.name, unit="sample", disable=not progress) as bar:

@@ -71,6 +71,9 @@ class Removal:
 
     regions: tuple[Region, ...] = ()
 
+    def __reduce__(self) -> tuple[type[Removal], tuple[tuple[Region, ...]]]:
+        return Removal, (self.regions,)  # what a dataclass with slots does of itself takes several times as long
+
     @classmethod
     def of(cls, *regions: Region) -> Removal:
         return cls(tuple(dict.fromkeys(regions)))

@@ -116,6 +116,7 @@ def test_a_checkpoint_of_another_model_is_refused(trained: Path, tmp_path: Path)
             "threat_model.min_side.image must be a whole number, at least 1, got 'abc'",
         ),
         ("engine.batch_size=abc", "engine.batch_size must be a whole number, at least 1, got 'abc'"),
+        ("engine.search_processes=-1", "engine.search_processes must be a whole number, at least 0, got -1"),
         ("dataset.num_workers=-1", "dataset.num_workers must be a whole number, 0 or more, got -1"),
         ("device.precision=bf17", "device.precision must be one of 32-true, "),
         ("device.devices=0", "devices=0"),
@@ -300,6 +301,17 @@ def test_two_processes_write_the_records_of_one(trained: Path, undisturbed: Path
     assert 15 < len(running) < 25, "running figures are of the first process's share"
     for name in ("attack_success_rate", "robust_accuracy", "decoupled_fraction_median", "queries"):
         assert float(logged_metrics[f"attack/{name}"]) == pytest.approx(summary[name]["value"], rel=1e-5)
+
+
+def test_searches_in_other_processes_write_the_same_records(trained: Path, tmp_path: Path) -> None:
+    """Of an attack in the jobs of a sweep, which run in processes themselves."""
+    options = (*SMALL, "dataset.test_limit=12", "attack=decoupling", "threat_model.max_queries=60", "seed=0")
+    swept = f"folders.attack='{tmp_path}/${{engine.search_processes}}'", f"folders.train={trained}", "tracker=none"
+    jobs = "engine.search_processes=0,2", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"
+    muroan("attack", "-m", *options, *swept, *jobs, cwd=tmp_path)
+    alone, apart = (by_id(tmp_path / number / "records.jsonl") for number in "02")
+    assert len(alone) == 12
+    assert apart == alone
 
 
 @pytest.mark.slow

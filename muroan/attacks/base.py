@@ -56,6 +56,11 @@ class Response:
     logits: np.ndarray
     embedding_margin: float = 0.0
 
+    def __reduce__(self) -> tuple[type[Response], tuple[Any, ...]]:
+        # What a dataclass with slots does of itself takes several times as long.
+        seen = self.label, self.margin, self.embedding_argmax, self.embedding_shift, self.logits, self.embedding_margin
+        return Response, seen
+
 
 @dataclass(slots=True)
 class Ask:
@@ -247,6 +252,9 @@ class Attack(ABC):
         needs_donors: whether it takes parts from other samples; see `Target.donors`.
         guided: whether the model's answers decide what it tries next, so that reports expect it to beat random removal.
         control: whether it is random removal: what a guided attack has to beat.
+        apart: whether its searches may run in processes of their own (`QueryEngine.search_processes`): worth it where
+            they compute much between their questions. They are asked and answered as ever, but ask removals alone, in
+            lists, with an `until` that can be pickled.
         goal: what a sample is brought to, where it is not simply another label: reports hold an attack against those of
             the same goal alone.
     """
@@ -256,6 +264,7 @@ class Attack(ABC):
     needs_donors = False
     guided = True
     control = False
+    apart = False
     goal = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

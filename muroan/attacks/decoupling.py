@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Sequence
+from functools import partial
 from itertools import chain, combinations
 from typing import Literal
 
@@ -82,6 +83,8 @@ class Decoupling(Attack):
             needs.
     """
 
+    apart = True
+
     def __init__(
         self,
         objective: Literal["fraction", "normalised", "parts"] = "fraction",
@@ -120,6 +123,9 @@ class Decoupling(Attack):
         # A record must not look as if it came from the untargeted, joint attack.
         goal = ["targeted"] if target is not None else ["embedding"] if embedding is not None else []
         self.name = "_".join(["decoupling", *(self.modalities or []), *goal, *(["first"] if first else [])])
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_universes": {}}  # large, and soon made again
 
     # -- the goal -------------------------------------------------------------------------------------------
 
@@ -276,7 +282,7 @@ class Hunt:
         self.asking = self.allowed(list(fresh.values()))
         if self.asking:
             removals = self.universe.removals(np.array(self.asking))
-            until = self.flips if until_flip else None
+            until = partial(self.attack.reached, self.sample.label) if until_flip else None
             self.learn(self.asking, (yield Ask(removals, phase, until)))
             if self.attack.first and self.best is not None:
                 raise Enough

@@ -65,6 +65,7 @@ def attack(config: DictConfig) -> None:
         config.engine.batch_size,
         config.seed,
         config.engine.keep_media,
+        search_processes=config.engine.search_processes,
     )
     logger = tracker(config)
     trainer = pl.Trainer(**trainer_options(config), callbacks=[callback], logger=logger, enable_progress_bar=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from itertools import groupby
 from typing import Any
 
@@ -115,7 +116,11 @@ class MultimodalData(pl.LightningDataModule, ABC):
         prepared = self.prepared(split)
         few = (prepared[i] for i in range(min(JUDGED, len(prepared))))
         told = any(self.still_valid(s, Removal()) is not None for s in few if isinstance(s, Sample))
-        return self.still_valid if told else None
+        if not told:
+            return None
+        judge = copy(self)
+        judge.trainer = None  # cannot be sent to another process, and has no say
+        return judge.still_valid
 
     augmented = False  # a subclass that overrides `augment` sets this to True when it is wanted
 

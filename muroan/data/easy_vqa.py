@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -72,14 +73,18 @@ class EasyVQA(MultimodalData):
         """
         super().__init__(**options)
         try:
-            import easy_vqa
+            self.classes = sorted(self._package.get_answers())
         except ImportError:
             raise MuroanError("the dataset easy_vqa is a Python package: pip install easy-vqa") from None
-        self._package = easy_vqa
         self.val_pictures, self.visible = val_pictures, check_visible(visible)
-        self.classes = sorted(easy_vqa.get_answers())
         self._paths: dict[str, dict[int, str]] = {}
         self._scenes: dict[tuple[str, tuple[int, ...]], Scene] = {}
+
+    @property
+    def _package(self) -> ModuleType:
+        import easy_vqa
+
+        return easy_vqa  # not kept: a module cannot be sent to another process
 
     def load(self, split: str) -> list[Example]:
         part = "test" if split == "test" else "train"

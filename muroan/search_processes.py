@@ -1,0 +1,249 @@
+"""Searches in processes of their own, beside the one that holds the model.
+
+A search such as that of `decoupling` computes longer between its questions than a GPU takes to answer them. What it
+computes can be done elsewhere: the engine keeps the budget, the ledger and the batches, and these processes get answers
+and give back the next questions.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import signal
+import sys
+import threading
+import traceback
+import weakref
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from threadpoolctl import threadpool_limits
+
+from muroan.attacks.base import Ask, Attack, AttackedSample, BudgetExhausted, Search, ThreatModel, Together
+from muroan.data.samples import Sample
+from muroan.errors import MuroanError
+from muroan.modalities import Modality, Removal
+
+ORPHANED = 5.0  # seconds without a message until a look whether the engine's process is still there
+
+StillValid = Callable[[Sample, Removal], "bool | None"]
+
+
+@dataclass(slots=True)
+class Reply:
+    """What a search says to the answers that it was given.
+
+    Attributes:
+        asked: what it yields; None when it has ended.
+        found: what it returned; exhausted: whether the budget ended it.
+        proven, info: what it has written about its sample, where it ended in another process.
+        refused: what a `MuroanError` said there; trace: of any other error, where it was raised.
+    """
+
+    asked: Any = None
+    ended: bool = False
+    found: Any = None
+    exhausted: bool = False
+    proven: bool | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+    refused: str = ""
+    trace: str = ""
+
+
+def begun(attack: Attack, view: AttackedSample) -> Search:
+    """The search of an attack for a sample.
+
+    Raises:
+        MuroanError: it is no generator.
+    """
+    search = attack.search(view)
+    if not isinstance(search, Generator):
+        raise MuroanError(f"{attack.name}.search must be a generator, which yields what it asks, got {search!r}")
+    return search
+
+
+def resumed(search: Search, message: Any) -> Reply:
+    """Let a search go on.
+
+    Args:
+        message: None to start it; answers; or the refusal of what the budget does not allow.
+    """
+    try:
+        if message is None:
+            return Reply(next(search))
+        return Reply(search.throw(message) if isinstance(message, BudgetExhausted) else search.send(message))
+    except StopIteration as stop:
+        return Reply(ended=True, found=stop.value)
+    except BudgetExhausted:
+        return Reply(ended=True, exhausted=True)
+
+
+class SearchProcesses:
+    """Processes that run the searches of one attack.
+
+    Each search is known by a number and stays in the process that began it.
+
+    Args:
+        count: how many processes.
+        attack: whose `apart` is set.
+        modalities, threat_model, still_valid: what its searches may look at.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        attack: Attack,
+        modalities: Mapping[str, Modality],
+        threat_model: ThreatModel,
+        still_valid: StillValid | None,
+    ):
+        self.still_valid = still_valid
+        self._where: dict[int, Connection] = {}  # the process of each search
+        self._searching: dict[Connection, int] = {}  # how many searches each process has
+        # A fork is the fastest, and all that Linux needs; elsewhere all is sent.
+        context, processes = multiprocessing.get_context("fork" if sys.platform == "linux" else None), []
+        for _ in range(count):
+            ours, theirs = context.Pipe()
+            given = theirs, attack, dict(modalities), threat_model, still_valid
+            process = context.Process(target=_serve, args=given, daemon=True)  # type: ignore[attr-defined]
+            process.start()
+            theirs.close()
+            processes.append(process)
+            self._searching[ours] = 0
+        self.close = weakref.finalize(self, _stop, list(self._searching), processes)
+
+    def start(self, number: int, view: AttackedSample, sample: Sample) -> None:
+        """Begin a search, in the process that has the fewest."""
+        where = self._where[number] = min(self._searching, key=self._searching.__getitem__)
+        self._searching[where] += 1
+        seen = view.id, view.label, view.clean, view.layouts, view.rng
+        _send(where, (number, (*seen, None if self.still_valid is None else sample)))
+
+    def tell(self, number: int, message: Sequence[Any] | BudgetExhausted) -> None:
+        """Give a search its answers, or the refusal of what it asked."""
+        _send(self._where[number], (number, message))
+
+    def hear(self, seconds: float | None = 0) -> list[tuple[int, Reply]]:
+        """What searches have replied, by their numbers; waits so long for a first reply, with None without end.
+
+        Raises:
+            MuroanError: a process is gone, or a search raised it there.
+            RuntimeError: a search raised anything else.
+        """
+        heard = []
+        for where in multiprocessing.connection.wait(list(self._searching), seconds):
+            assert isinstance(where, Connection)
+            while where.poll():
+                try:
+                    number, reply = pickle.loads(where.recv_bytes())
+                except (EOFError, OSError):
+                    raise _gone() from None
+                if reply.refused:
+                    raise MuroanError(reply.refused)
+                if reply.trace:
+                    raise RuntimeError(f"in a search process:\n{reply.trace}")
+                if reply.ended:
+                    self._searching[self._where.pop(number)] -= 1
+                heard.append((number, reply))
+        return heard
+
+
+def _packed(message: Any) -> bytes:
+    """By pickle alone: torch would hand tensors over as files, of which a process may have only so many."""
+    return pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+
+
+def _send(where: Connection, message: Any) -> None:
+    try:
+        where.send_bytes(_packed(message))
+    except OSError:
+        raise _gone() from None
+
+
+def _gone() -> MuroanError:
+    return MuroanError(
+        "a search process has ended before its searches did, perhaps for want of memory: go on with fewer, "
+        "engine.search_processes=0 for none; finished samples are kept"
+    )
+
+
+def _stop(ends: Sequence[Connection], processes: Sequence[Any]) -> None:
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.join()
+    for end in ends:
+        end.close()
+
+
+def _serve(
+    connection: Connection,
+    attack: Attack,
+    modalities: Mapping[str, Modality],
+    threat_model: ThreatModel,
+    still_valid: StillValid | None,
+) -> None:
+    """The life of a search process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the engine's then ends these
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what a trainer does about it is not for here
+    gc.freeze()  # what came with a fork, tensors of a GPU among it, is not to be touched
+    torch.set_num_threads(1)
+    parent, messages = os.getppid(), SimpleQueue[Any]()
+
+    def listen() -> None:
+        # All the time: were nobody reading at either end while both write, both would wait for ever.
+        while True:
+            try:
+                if connection.poll(ORPHANED):
+                    messages.put(pickle.loads(connection.recv_bytes()))
+                elif os.getppid() != parent:
+                    os._exit(1)
+            except (EOFError, OSError):
+                os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
+    below: Any = {}
+    searches: dict[int, tuple[AttackedSample, Search]] = {}
+
+    def reply(number: int, message: Any) -> Reply:
+        if number not in searches:
+            name, label, clean, layouts, rng, sample = message
+            valid = None if still_valid is None else partial(still_valid, sample)
+            view = AttackedSample(name, label, clean, modalities, layouts, threat_model, rng, valid, below=below)
+            searches[number], message = (view, begun(attack, view)), None
+        view, search = searches[number]
+        found = resumed(search, message)
+        if found.ended:
+            found.proven, found.info = view.proven, view.info
+            del searches[number]
+        else:
+            found.asked = _listed(found.asked, attack)
+        return found
+
+    with threadpool_limits(1):
+        while True:
+            number, message = messages.get()
+            try:
+                packed = _packed((number, reply(number, message)))
+            except MuroanError as error:
+                packed = _packed((number, Reply(refused=str(error))))
+            except Exception:
+                packed = _packed((number, Reply(trace=traceback.format_exc())))
+            connection.send_bytes(packed)
+
+
+def _listed(asked: Any, attack: Attack) -> Any:
+    """What a search yields, as what can be sent."""
+    if isinstance(asked, Together):
+        raise MuroanError(f"{attack.name} works on whole batches, which a search process cannot: leave `apart` unset")
+    if isinstance(asked, Ask):
+        return Ask(list(asked.removals), asked.phase, asked.until, asked.admissible)
+    return asked
