@@ -42,7 +42,7 @@ import numpy as np
 import torch
 from torch import nn
 
-import muroan.engine
+import muroan.device_store
 from muroan.attacks.base import Ask, Attack, AttackedSample, Response, ThreatModel
 from muroan.attacks.decoupling import Decoupling
 from muroan.attacks.decoupling_reference import DecouplingReference
@@ -368,7 +368,7 @@ def alone(engine: QueryEngine, seconds: dict[str, float]) -> float:
 
 
 # What is encoded once alone: nothing, whole inputs, or what removals leave of them, too.
-REUSE = {"on": (True, muroan.engine.BATCHES), "whole": (True, 0), "off": (False, 0)}
+REUSE = {"on": (True, muroan.device_store.BATCHES), "whole": (True, 0), "off": (False, 0)}
 
 
 def beside_loop(arguments: argparse.Namespace, model: MultimodalModel, samples: list[Sample], size: int) -> dict:
@@ -414,7 +414,7 @@ def by_attack(arguments: argparse.Namespace, model: MultimodalModel, samples: li
     print(f"{'attack':22s} {'reuse':5s} {'forwards/s':>10s} {'of bare':>8s} {'overhead':>9s} {'core ms':>8s}  encoded")
     for name, reuse in itertools.product(arguments.attacks, arguments.reuse):
         engine = engine_of(arguments, model, name, size, reuse)
-        with patch.object(muroan.engine, "BATCHES", REUSE[reuse][1]):
+        with patch.object(muroan.device_store, "BATCHES", REUSE[reuse][1]):
             beside = beside_bare(engine, samples)
         rate, rows = engine.statistics.rows / beside.seconds, engine.statistics.rows
         ratios[f"{name}, reuse {reuse}"] = rate / beside.bare

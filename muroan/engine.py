@@ -24,9 +24,10 @@ from torch import Tensor
 from muroan.attacks.base import Ask, Attack, AttackedSample, Below, Response, ThreatModel, Together
 from muroan.attacks.target import BudgetExhausted, Perturbation, Target
 from muroan.data.samples import Sample
+from muroan.device_store import DeviceStore, take_rows
 from muroan.errors import MuroanError, check_whole
 from muroan.modalities import ElementSet, Layout, Region, Removal, removed_elements, stable_seed, word_edits
-from muroan.models.base import Features, MultimodalModel, Prediction, map_features, model_dtype
+from muroan.models.base import Features, MultimodalModel, Prediction, map_features
 from muroan.results import AttackResult, Count, Status
 from muroan.search_processes import Reply, SearchProcesses, StillValid, begun, resumed
 
@@ -39,9 +40,6 @@ CLEAN, VERIFY, AUDIT = OWN_PHASES = ("clean", "verify", "audit")
 
 GLANCE = 5e-4  # seconds of waiting for searches in other processes before a look whether a GPU is done
 LOOK_AHEAD = 32  # removals drawn at most to find a new question: an ask may repeat itself without end
-
-# Features of occluded inputs that are remembered, a modality: of so many batches, within so many bytes.
-BATCHES, BYTES = 64, 2**28
 
 AUTOCAST = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}
 
@@ -107,11 +105,6 @@ def _shrinking(flips: Iterable[tuple[int, float, float]], last: float) -> list[t
 def _is_removal(found: Any) -> bool:
     """Whether this is a removal of regions: `Removal(region)` is none, for a region is a tuple, too."""
     return isinstance(found, Removal) and {Region}.issuperset(map(type, found.regions))
-
-
-def _rows(places: Tensor) -> Callable[[Tensor], Tensor]:
-    """Takes the rows at these places out of a tensor; on a CPU five times as fast as by indexing."""
-    return lambda room: room.index_select(0, places)
 
 
 @dataclass(eq=False, slots=True)
@@ -207,108 +200,6 @@ class _Live:
         self.upcoming = iter(())
 
 
-class _Memory:
-    """Features of the last occluded inputs of one modality that were encoded, by what is left of which sample.
-
-    A removal across modalities often has a part that an earlier one had: a search tries the same words beside many
-    regions of an image, or one more region beside the same sound.
-    """
-
-    def __init__(self, features: Features, rows: int):
-        self.held: list[Any] = [None] * rows
-        self.places: dict[Any, int] = {}
-        self.next = 0
-        self.features = map_features(lambda t: t.new_empty((rows, *t.shape[1:])), features)
-
-    def take_in(self, parts: Sequence[Any]) -> list[int]:
-        """Places for the features of some parts, those of what has been held longest."""
-        places = [(self.next + i) % len(self.held) for i in range(len(parts))]
-        for part, place in zip(parts, places, strict=True):
-            self.places.pop(self.held[place], None)
-            self.held[place], self.places[part] = part, place
-        self.next = (self.next + len(parts)) % len(self.held)
-        return places
-
-
-class _Store:
-    """Tensors of the live samples, one row a slot: static memory, however many samples there are."""
-
-    def __init__(self, model: MultimodalModel, threat_model: ThreatModel, slots: int, device: torch.device):
-        self.model, self.threat_model, self.slots, self.device = model, threat_model, slots, device
-        self.dtype = model_dtype(model)
-        self.inputs: dict[str, Tensor] = {}
-        self.baselines: dict[str, Tensor] = {}
-        self.features: dict[str, Features] = {}
-        self.memories: dict[str, _Memory | None] = {}  # None where nothing is remembered
-        self.embedding: Tensor | None = None
-        self.labels = torch.zeros(slots, dtype=torch.long, device=device)
-
-    def tensor(self, values: Any) -> Tensor:
-        return self.moved(torch.tensor(values))
-
-    def moved(self, x: Tensor) -> Tensor:
-        """A tensor of the CPU's on the model's device, without waiting for what a GPU has been given to do before."""
-        return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x.to(self.device)
-
-    def _room(self, like: Tensor) -> Tensor:
-        return torch.zeros((self.slots, *like.shape[1:]), dtype=like.dtype, device=self.device)
-
-    def admit(self, samples: Sequence[tuple[int, Sample, int]]) -> None:
-        """Put samples into slots: (slot, sample, seed of its noise) each."""
-        rows = self.tensor([slot for slot, _, _ in samples])
-        self.labels[rows] = self.tensor([s.label for _, s, _ in samples])
-        for name, modality in self.model.modalities.items():
-            replacement = self.threat_model.replacement[name]
-            # One by one: what stands in for removed elements must not depend on who is admitted together.
-            found = [modality.baseline(s.inputs[name], s.layouts[name], replacement, seed) for _, s, seed in samples]
-            self._fill(self.inputs, name, rows, [s.inputs[name] for _, s, _ in samples])
-            self._fill(self.baselines, name, rows, [baseline for baseline in found if baseline is not None])
-
-    def _fill(self, store: dict[str, Tensor], name: str, rows: Tensor, values: list[Tensor]) -> None:
-        if values:
-            stacked = torch.stack(values)
-            stacked = self.moved(stacked.to(self.dtype) if stacked.is_floating_point() else stacked)
-            if name not in store:
-                store[name] = self._room(stacked)
-            store[name][rows] = stacked
-
-    def keep_features(self, name: str, slots: Tensor, features: Features) -> None:
-        if name not in self.features:
-            self.features[name] = map_features(self._room, features)
-        map_features(lambda room, new: room.index_copy_(0, slots, new), self.features[name], features)
-
-    def recall(self, name: str, part: Any) -> int | None:
-        """Where the features of a part are remembered."""
-        memory = self.memories.get(name)
-        return None if memory is None else memory.places.get(part)
-
-    def recalled(self, name: str, places: Tensor) -> Features:
-        """The features (P, ...) at these places."""
-        memory = self.memories[name]
-        assert memory is not None
-        return map_features(_rows(places), memory.features)
-
-    def remember(self, name: str, parts: Sequence[Any], features: Features) -> None:
-        """Keep the features (P, ...) of some parts, as far as there is room for them."""
-        if name not in self.memories:
-            tensors = features if isinstance(features, tuple) else (features,)
-            rows = min(BATCHES * self.slots, BYTES // max(1, sum(t[0].nbytes for t in tensors)))
-            self.memories[name] = None
-            if rows >= 4 * self.slots:  # fewer would be gone before they are asked for again
-                try:
-                    self.memories[name] = _Memory(features, rows)
-                except torch.OutOfMemoryError:
-                    return
-        if (memory := self.memories[name]) is not None:
-            at = self.tensor(memory.take_in(parts))
-            map_features(lambda room, new: room.index_copy_(0, at, new), memory.features, features)
-
-    def keep_embedding(self, slots: Tensor, embedding: Tensor) -> None:
-        if self.embedding is None:
-            self.embedding = self._room(embedding)
-        self.embedding[slots] = embedding
-
-
 @dataclass(slots=True)
 class EngineStatistics:
     """What the engine ran, over all samples.
@@ -392,7 +283,7 @@ class QueryEngine:
         check_whole("engine", 0, search_processes=search_processes)
         self.search_processes, self._apart = search_processes, search_processes > 0 and attack.apart
         slots = batch_size * (1 + self.ahead + self._apart)  # while some are answered, others think
-        self._store = _Store(model, self.threat_model, slots, self.device)
+        self._store = DeviceStore(model, self.threat_model, slots, self.device)
         self._free = list(range(slots))[::-1]
         self._waiting: deque[Iterator[Sample]] = deque()
         self._sent: deque[_Sent] = deque()  # what the model has been given and not been asked for
@@ -1082,7 +973,7 @@ class QueryEngine:
                 part_of[row] = (q.live.number, removed) if self.reuse_features and not q.fresh else row
                 parts.setdefault(part_of[row], row)
         if not parts:
-            return map_features(_rows(slots), store.features[name])
+            return map_features(take_rows(slots), store.features[name])
         recalled = {part: place for part in parts if (place := store.recall(name, part)) is not None}
         new = [part for part in parts if part not in recalled]
         found: list[Features] = []
@@ -1093,21 +984,21 @@ class QueryEngine:
             # What is whole lies in the slots, and what is fresh is to be encoded anew each time.
             if kept := [i for i, part in enumerate(new) if isinstance(part, tuple) and part[1]]:
                 at = self._store.tensor(kept)
-                store.remember(name, [new[i] for i in kept], map_features(_rows(at), found[-1]))
+                store.remember(name, [new[i] for i in kept], map_features(take_rows(at), found[-1]))
         encoded = found[0] if len(found) == 1 else map_features(lambda *t: torch.cat(t), *found)
         order = {part: i for i, part in enumerate([*recalled, *new])}
         source = [order[part] for part in part_of.values()]
         if source != list(range(len(order))):
             expand = self._store.tensor(source)
-            encoded = map_features(_rows(expand), encoded)
+            encoded = map_features(take_rows(expand), encoded)
         if clean:
             at = self._store.tensor(
                 [i for i, row in enumerate(part_of) if not questions[row].key and not questions[row].fresh]
             )
-            store.keep_features(name, slots[self._store.tensor(clean)], map_features(_rows(at), encoded))
+            store.keep_features(name, slots[self._store.tensor(clean)], map_features(take_rows(at), encoded))
         if len(part_of) == len(questions):
             return encoded
-        at, rows = self._store.tensor(list(part_of)), _rows(slots)
+        at, rows = self._store.tensor(list(part_of)), take_rows(slots)
         return map_features(
             lambda room, new: rows(room).index_copy_(0, at, new.to(room.dtype)), store.features[name], encoded
         )
@@ -1117,7 +1008,7 @@ class QueryEngine:
         store, modality = self._store, self.model.modalities[name]
         regions = [[r for r in q.removal.regions if r.modality == name] for q in questions]
         boxes = modality.boxes(regions, [q.live.sample.layouts[name] for q in questions])
-        rows = _rows(self._store.tensor([q.live.slot for q in questions]))
+        rows = take_rows(self._store.tensor([q.live.slot for q in questions]))
         x = rows(store.inputs[name])
         if boxes.shape[1]:
             boxes = store.moved(boxes)

@@ -21,7 +21,8 @@ from muroan.attacks.base import Ask, Attack, BatchAttack, BudgetExhausted, Threa
 from muroan.attacks.decoupling_reference import DecouplingReference
 from muroan.attacks.random_removal import RandomRemoval
 from muroan.data.samples import BadSample, Example, PreparedDataset, Sample
-from muroan.engine import QueryEngine, _Store
+from muroan.device_store import DeviceStore
+from muroan.engine import QueryEngine
 from muroan.errors import MuroanError
 from muroan.modalities import Image, Region, Removal, Text, WordTokenizer, stable_seed
 from muroan.models.base import MultimodalModel
@@ -214,7 +215,7 @@ def test_every_subset_is_answered_as_by_a_direct_forward(truth, batch_size, reus
     """All 1,024 subsets of ten elements (fewer for a shorter text), in random order and random asks."""
     model, samples, expected = truth
     if reuse == "a little":
-        monkeypatch.setattr("muroan.engine.BATCHES", 4)  # so that what is remembered has to go soon
+        monkeypatch.setattr("muroan.device_store.BATCHES", 4)  # so that what is remembered has to go soon
     heard = {s.id: {} for s in samples}
 
     def script(sample):
@@ -559,7 +560,7 @@ def test_the_statistics_say_what_was_encoded():
 
 
 def test_where_features_are_large_only_whole_inputs_are_remembered(monkeypatch):
-    monkeypatch.setattr("muroan.engine.BYTES", 100)
+    monkeypatch.setattr("muroan.device_store.BYTES", 100)
     model = RandomToy()
 
     def script(sample):
@@ -575,7 +576,9 @@ def test_where_features_are_large_only_whole_inputs_are_remembered(monkeypatch):
 def test_what_is_remembered_is_not_believed_in_the_end(monkeypatch):
     """A flip is verified by encoding everything anew."""
     model = RandomToy()
-    monkeypatch.setattr(_Store, "recalled", lambda store, name, places: store.memories[name].features[places] + 1e3)
+    monkeypatch.setattr(
+        DeviceStore, "recalled", lambda store, name, places: store.memories[name].features[places] + 1e3
+    )
 
     def script(sample):
         yield [Removal.of(word(0)), Removal.of(pixel(0))]
@@ -976,7 +979,7 @@ def test_without_room_to_remember_nothing_is(monkeypatch):
 
     samples = varied(RandomToy())
     expected = muroan.evaluate(RandomToy(), samples, Greedy(), threat_model=SINGLE, batch_size=1)
-    monkeypatch.setattr("muroan.engine._Memory.__init__", full)
+    monkeypatch.setattr("muroan.device_store.Memory.__init__", full)
     engine = QueryEngine(RandomToy(), Greedy(), SINGLE, batch_size=1)
     records = sorted(engine.run(samples), key=lambda r: r.index)
     assert [r.to_json() for r in records] == [r.to_json() for r in expected]
