@@ -127,6 +127,13 @@ def told(value: float, metric: str) -> str:
     return NOTHING if math.isnan(value) else figure(value, unit)
 
 
+def shared(row: dict[str, Any], other: dict[str, Any]) -> float:
+    """Robust accuracy of a row of the defences' table over the seeds that another row has, too."""
+    own, wanted = json.loads(row["robust_by_seed"]), json.loads(other["robust_by_seed"])
+    values = [value for seed, value in own.items() if seed in wanted]
+    return sum(values) / len(values) if values else math.nan
+
+
 def span(found: list[dict[str, Any]], metric: str) -> str:
     """The smallest and the largest figure of some rows, or the only one."""
     values = [row[metric] for row in found if not math.isnan(row.get(metric, math.nan))]
@@ -143,7 +150,15 @@ def main() -> None:
         publish(file.parent)
     versions = {json.loads(file.read_text())["torch"] for file in TABLES.glob("*/about.json")}
     torch = ", ".join(sorted(versions)) or NOTHING
-    words = {"section": section, "rows": rows, "told": told, "span": span, "terms": terms, "torch": torch}
+    words = {
+        "section": section,
+        "rows": rows,
+        "told": told,
+        "span": span,
+        "shared": shared,
+        "terms": terms,
+        "torch": torch,
+    }
     page = DOCS / "results.md"
     text = environment.get_template("results.md.jinja").render(words)
     page.write_text(text.rstrip() + "\n", encoding="utf-8")

@@ -17,7 +17,7 @@ from test_compare import record, rows_of
 from muroan.errors import MuroanError
 from muroan.modalities import stable_seed
 from muroan.report import build
-from muroan.report.defenses import Grid, grids, latex, markdown, overview, write
+from muroan.report.defenses import Grid, grids, latex, markdown, overview, table, write
 from muroan.results import RunFolder
 from muroan.runs import find_runs
 
@@ -427,6 +427,24 @@ def test_several_models_have_an_overview(tmp_path: Path) -> None:
     assert tex.count(r"\begin{tabular}") == 4
     run(tmp_path, "decoupling", [1] * 12, "worse", model="k", still_valid=True)
     assert ["worse", "0.0 -", "", ""] in overview(grids(find_runs([tmp_path])))
+
+
+def test_a_defence_over_fewer_seeds_says_so(tmp_path: Path) -> None:
+    for seed in (0, 3):
+        run(tmp_path, "decoupling", [1] * 8, "plain_training", control=True, seed=seed)
+        run(tmp_path, "decoupling", [0] * (8 - seed) + [1] * seed, "hard", seed=seed)
+    run(tmp_path, "decoupling", [1] * 8, "other", seed=3)
+    run(tmp_path, "decoupling", [1] * 8, "plain_training", control=True, model="n")
+    found = grids(find_runs([tmp_path]))
+    shown = [row[0] for row in table(next(grid for grid in found if grid.model == "m"))]
+    assert shown[1:] == ["plain_training (control)", "hard", "other (seed 3)"]
+    assert ["other", "0.0 (seed 3)", ""] in overview(found)
+    write([tmp_path], tmp_path / "out")
+    with (tmp_path / "out/defenses.csv").open() as file:
+        lines = [line for line in csv.DictReader(file) if line["attack"] == "decoupling"]
+    each = {line["defense"]: json.loads(line["robust_by_seed"]) for line in lines if line["model"] == "m"}
+    assert each["hard"] == {"0": 100.0, "3": 62.5}
+    assert each["other"] == {"3": 0.0}
 
 
 def test_files(tmp_path: Path) -> None:

@@ -254,6 +254,13 @@ class Grid:
     def name(self) -> str:
         return f"{self.dataset} · {self.model}"
 
+    def fewer(self, defense: Defended) -> str:
+        """Which seeds a defence is over, where others are over more; else nothing."""
+        own = defense.seeds(self.attacks)
+        others = {seed for other in self.defenses for seed in other.seeds(self.attacks)}
+        seeds = ", ".join(map(str, own)) or "none"
+        return "" if others <= set(own) else f" (seed{'s'[: len(own) != 1]} {seeds})"
+
     def worst(self, defense: Defended) -> dict[str, Estimate]:
         """Clean and robust accuracies, and the curve area under all removal attacks together."""
         seeds = [defense.outcomes(seed, self.attacks) for seed in defense.seeds(self.attacks)]
@@ -503,7 +510,7 @@ def _title(defense: Defended) -> str:
 
 def _cells(grid: Grid, defense: Defended) -> list[str]:
     worst = grid.worst(defense)
-    cells = [_title(defense)]
+    cells = [_title(defense) + grid.fewer(defense)]
     for estimate in worst.values():
         span = interval(estimate, "rate")
         cells.append(figure(estimate["value"], "rate") + (f" [{span}]" if span else ""))
@@ -552,7 +559,8 @@ def overview(found: Sequence[Grid]) -> list[list[str]]:
     for grid in found:
         said = {verdict.defense.name: marks.get(verdict.word, "") for verdict in grid.verdicts}
         held = {d.name: grid.worst(d)["robust_to_valid" if d.judged else "robust_accuracy"] for d in grid.defenses}
-        columns.append({name: figure(e["value"], "rate") + said.get(name, "") for name, e in held.items()})
+        fewer = {d.name: grid.fewer(d) for d in grid.defenses}
+        columns.append({n: figure(e["value"], "rate") + said.get(n, "") + fewer[n] for n, e in held.items()})
     every = sorted({d.name: d for grid in found for d in grid.defenses}.values(), key=_place)
     rows = [[_title(d), *(column.get(d.name, "") for column in columns)] for d in every]
     return [["defence", *(grid.name for grid in found)], *rows]
@@ -591,7 +599,7 @@ def _lines(found: Sequence[Grid]) -> list[list[object]]:
     head: list[object] = ["dataset", "model", "defense", "control", "attack", "seeds", "samples"]
     head += [metric + span for metric in METRICS for span in spans]
     costs = ["rows", "attack_forwards", "attack_backwards", "seconds"]
-    head += [*costs, "verdict", "larger"]
+    head += [*costs, "verdict", "larger", "robust_by_seed"]
     lines = [head]
     for grid in found:
         verdicts = {verdict.defense.name: verdict for verdict in grid.verdicts}
@@ -601,13 +609,15 @@ def _lines(found: Sequence[Grid]) -> list[list[object]]:
             own: list[object] = [grid.dataset, grid.model, defense.name, defense.control]
             for name, row in defense.attacks.items():
                 summary = row.summary
-                lines.append([*own, name, len(row.runs), row.samples, *_numbers(summary), *paid, "", ""])
+                by_seed = {run.about.get("seed"): Row((run,), name).value("robust_accuracy") for run in row.runs}
+                each = json.dumps(by_seed)  # by which attacks of different seeds can be compared
+                lines.append([*own, name, len(row.runs), row.samples, *_numbers(summary), *paid, "", "", each])
             worst = grid.worst(defense)
             seeds = defense.seeds(grid.attacks)
             samples = sum(len(defense.outcomes(seed, grid.attacks)) for seed in seeds)
             verdict = verdicts.get(defense.name)
             said = ["", ""] if verdict is None else [verdict.word, verdict.larger]
-            lines.append([*own, WORST, len(seeds), samples, *_numbers(worst), *paid, *said])
+            lines.append([*own, WORST, len(seeds), samples, *_numbers(worst), *paid, *said, ""])
     return lines
 
 
