@@ -31,6 +31,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -320,7 +321,10 @@ class Beside:
 
 
 def beside_bare(engine: QueryEngine, samples: list[Sample]) -> Beside:
-    """Run an engine, and every half second of its own each of its model's pieces: machines change their pace."""
+    """Run an engine, and every half second of its own each of its model's pieces: machines change their pace.
+
+    Searches in other processes would go on meanwhile: with these, the pieces run before and after.
+    """
     work, times = (
         pieces(engine.model, samples, engine.batch_size, engine.precision),
         defaultdict[str, list[float]](list),
@@ -343,13 +347,14 @@ def beside_bare(engine: QueryEngine, samples: list[Sample]) -> Beside:
             measure()
         return send(questions)
 
-    for run in 3 * list(work.values()):
-        run()
-    core = time.process_time()
-    with patch.object(engine, "_send", sent):
+    around = 10 if engine.search_processes else 1
+    for _ in range(around):
+        measure()
+    between, between_core, core = 0.0, 0.0, time.process_time()
+    with nullcontext() if engine.search_processes else patch.object(engine, "_send", sent):
         total, results = timed(lambda: list(engine.run(samples)), engine.device)
     seconds, core = total - between, time.process_time() - core - between_core
-    if not times:
+    for _ in range(around):
         measure()
     alone = {name: sum(own) / len(own) / engine.batch_size for name, own in times.items()}
     return Beside(seconds, core, results, alone)  # type: ignore[arg-type]

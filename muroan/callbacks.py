@@ -242,6 +242,10 @@ class AttackCallback(RecordingCallback):
         disagreements = torch.tensor(self.engine.statistics.disagreements, device=pl_module.device)
         self.finish(trainer, disagreements=int(trainer.strategy.reduce(disagreements, reduce_op="sum")))
 
+    def close(self) -> None:
+        self.engine.close()
+        super().close()
+
     def _take(self, trainer: pl.Trainer, results: Iterable[AttackResult], store: bool = True) -> None:
         for r in results:
             if store:

@@ -11,7 +11,7 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -239,7 +239,8 @@ class QueryEngine:
         still_valid: the dataset's; see `MultimodalData.still_valid`.
         on_found: is told what each search returned, whether it flips or not.
         search_processes: so many more, in which the searches of an attack that allows it (`Attack.apart`) run beside
-            the model; 0 for none. Which questions share a batch then depends on which search is done first.
+            the model; 0 for none. Which questions share a batch then depends on which search is done first. Anywhere
+            but on Linux a script of yours needs the usual `if __name__ == "__main__":`.
         audit: False leaves out whether parts of a flip can be put back: `one_minimal` and `interaction` stay None.
         ahead: full batches that the model is given before the answers to an earlier one are awaited, so that a GPU
             computes while searches think; None for 1 on a GPU and 0 elsewhere.
@@ -308,7 +309,7 @@ class QueryEngine:
 
     def push(self, samples: Iterable[Sample]) -> Iterator[AttackResult]:
         """Take samples in, as there is room for them, and work while full batches, those ahead too, can be packed; the
-        rest waits for more or for `drain`."""
+        rest waits for more or for `drain`. What searches in other processes are at counts as questions to come."""
         self._waiting.append(iter(samples))
         most = self.batch_size * (1 + self.ahead + self._apart)
         return self._work(lambda: self._wanted + self._under_way + len(self._thinking) >= most)
@@ -316,28 +317,23 @@ class QueryEngine:
     def drain(self) -> Iterator[AttackResult]:
         """Finish all searches."""
         yield from self._work(lambda: bool(self._live))
-        self._end_processes()
+        self.close()
 
-    def _end_processes(self) -> None:
+    def close(self) -> None:
+        """End the search processes, if there are any: at the end, `drain` does; an engine that is given up need not
+        keep them until it is collected."""
         if self._processes is not None:
             self._processes.close()
             self._processes = None
 
-    def _work(self, go_on: Callable[[], bool]) -> Iterator[AttackResult]:
-        try:
-            yield from self._steps(go_on)
-        except Exception:
-            self._end_processes()
-            raise
-
-    def _steps(self, go_on: Callable[[], bool]) -> Iterator[AttackResult]:
+    def _work(self, unfinished: Callable[[], bool]) -> Iterator[AttackResult]:
         while True:
-            self._hear()
             while self._finished:
                 yield self._finished.popleft()
+            self._hear()
             self._admit()
-            if not go_on():
-                return
+            if not unfinished():
+                break
             if self._ready:
                 questions = self._pack()
                 work = questions[0].work
@@ -350,6 +346,8 @@ class QueryEngine:
                 self._take(sent.questions, self._receive(sent))
             else:  # more questions may come in time for a batch to go ahead
                 self._hear(GLANCE if self._sent else None)
+        while self._finished:
+            yield self._finished.popleft()
 
     @property
     def _ready(self) -> bool:
@@ -371,9 +369,9 @@ class QueryEngine:
                 live.verified = answer
             else:
                 live.answers[question.key] = answer
-        self._go_on(touched.values())
+        self._resume(touched.values())
 
-    def _go_on(self, lives: Iterable[_Live]) -> None:
+    def _resume(self, lives: Iterable[_Live]) -> None:
         """Let conversations go on, and the slots of those that have ended go."""
         with self._numpy.limit(limits=1):
             for live in lives:
@@ -408,26 +406,32 @@ class QueryEngine:
         return None
 
     def _admit(self) -> None:
-        admitted = []
-        while self._free and (sample := self._next()) is not None:
-            slot = self._free.pop()
-            if list(sample.inputs) != list(self.model.modalities):
-                raise MuroanError(
-                    f"the model takes {list(self.model.modalities)}, sample {sample.id!r} has {list(sample.inputs)}"
-                )
-            if not 0 <= sample.label < self.model.num_classes:
-                raise MuroanError(
-                    f"sample {sample.id!r} has label {sample.label}, but the model has the classes 0 to "
-                    f"{self.model.num_classes - 1}: use a model of the dataset's classes, or correct the labels"
-                )
-            self._admitted += 1
-            live = _Live(sample, self._admitted, slot, self.threat_model.max_queries or float("inf"))
-            live.conversation = self._converse(live)
-            self._live[slot] = live
-            admitted.append((slot, sample, stable_seed(self.seed, "noise", sample.id)))
-        if admitted:
-            self._store.admit(admitted)
-        self._go_on([self._live[slot] for slot, _, _ in admitted])
+        admitted: list[_Live] = []
+        try:
+            while self._free and (sample := self._next()) is not None:
+                self._check_fits(sample)
+                self._admitted += 1
+                budget = self.threat_model.max_queries or float("inf")
+                live = _Live(sample, self._admitted, self._free.pop(), budget)
+                live.conversation = self._converse(live)
+                self._live[live.slot] = live
+                admitted.append(live)
+        finally:  # those before a sample that fails to come, or does not fit, go on if the engine does
+            if admitted:
+                seeds = [stable_seed(self.seed, "noise", live.sample.id) for live in admitted]
+                self._store.admit([(live.slot, live.sample, seed) for live, seed in zip(admitted, seeds, strict=True)])
+                self._resume(admitted)
+
+    def _check_fits(self, sample: Sample) -> None:
+        if list(sample.inputs) != list(self.model.modalities):
+            raise MuroanError(
+                f"the model takes {list(self.model.modalities)}, sample {sample.id!r} has {list(sample.inputs)}"
+            )
+        if not 0 <= sample.label < self.model.num_classes:
+            raise MuroanError(
+                f"sample {sample.id!r} has label {sample.label}, but the model has the classes 0 to "
+                f"{self.model.num_classes - 1}: use a model of the dataset's classes, or correct the labels"
+            )
 
     def _advance(self, live: _Live) -> AttackResult | None:
         """Let the conversation go on, if it has all its answers, to its next questions or its result."""
@@ -580,14 +584,10 @@ class QueryEngine:
     def _replied(self, live: _Live, message: Any) -> Generator[list[_Question], None, Reply]:
         """What a search in another process says to a message. Has no questions until that is there."""
         assert live.view is not None
-        if self._processes is None:
-            self._processes = SearchProcesses(
-                self.search_processes, self.attack, self.model.modalities, self.threat_model, self.still_valid
-            )
         if message is None:
-            self._processes.start(live.number, live.view, live.sample)
+            self._searching().start(live.number, live.view, live.sample)
         else:
-            self._processes.tell(live.number, message)
+            self._searching().tell(live.number, message)
         self._thinking[live.number] = live
         yield []
         reply = live.reply
@@ -596,13 +596,32 @@ class QueryEngine:
             live.view.proven, live.view.info = reply.proven, reply.info
         return reply
 
+    def _searching(self) -> SearchProcesses:
+        """The search processes, which the first search starts.
+
+        Raises:
+            MuroanError: they have ended, and searches with them.
+        """
+        if self._processes is None:
+            if self._thinking:
+                raise MuroanError("this engine's search processes have ended before their searches: make a new engine")
+            self._processes = SearchProcesses(
+                self.search_processes, self.attack, self.model.modalities, self.threat_model, self.still_valid
+            )
+        return self._processes
+
     def _hear(self, seconds: float | None = 0) -> None:
         """Let those go on whose searches have replied; see `SearchProcesses.hear`."""
-        if self._processes is not None and self._thinking:
-            heard = self._processes.hear(seconds)
-            for number, reply in heard:
-                self._thinking[number].reply = reply
-            self._go_on([self._thinking.pop(number) for number, _ in heard])
+        if not self._thinking:
+            return
+        try:
+            heard = self._searching().hear(seconds)
+        except Exception:
+            self.close()
+            raise
+        for number, reply in heard:
+            self._thinking[number].reply = reply
+        self._resume([self._thinking.pop(number) for number, _ in heard])
 
     def _checked_ask(self, asked: Any) -> Ask:
         """What a search yielded, as an ask.
@@ -1054,7 +1073,7 @@ def evaluate(
     engine = QueryEngine(model, attack, threat_model, batch_size, precision, seed, **options)  # type: ignore[arg-type]
     total = len(dataset) if hasattr(dataset, "__len__") else None  # type: ignore[arg-type]
     results, flipped, attacked = [], 0, 0
-    with tqdm(total=total, desc=attack.name, unit="sample", disable=not progress) as bar:
+    with closing(engine), tqdm(total=total, desc=attack.name, unit="sample", disable=not progress) as bar:
         for result in engine.run(sample for sample in dataset if isinstance(sample, Sample)):
             results.append(result)
             flipped, attacked = flipped + result.flipped, attacked + result.attacked

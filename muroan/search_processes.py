@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.process
 import os
 import pickle
 import signal
@@ -18,7 +19,7 @@ import threading
 import traceback
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
@@ -45,7 +46,7 @@ class Reply:
         asked: what it yields; None when it has ended.
         found: what it returned; exhausted: whether the budget ended it.
         proven, info: what it has written about its sample, where it ended in another process.
-        refused: what a `MuroanError` said there; trace: of any other error, where it was raised.
+        error: what it raised in another process; where it was no `MuroanError`, with where that was.
     """
 
     asked: Any = None
@@ -54,8 +55,7 @@ class Reply:
     exhausted: bool = False
     proven: bool | None = None
     info: dict[str, Any] = field(default_factory=dict)
-    refused: str = ""
-    trace: str = ""
+    error: Exception | None = None
 
 
 def begun(attack: Attack, view: AttackedSample) -> Search:
@@ -95,6 +95,9 @@ class SearchProcesses:
         count: how many processes.
         attack: whose `apart` is set.
         modalities, threat_model, still_valid: what its searches may look at.
+
+    Raises:
+        MuroanError: this process may have none of its own.
     """
 
     def __init__(
@@ -105,31 +108,40 @@ class SearchProcesses:
         threat_model: ThreatModel,
         still_valid: StillValid | None,
     ):
+        if multiprocessing.current_process().daemon:
+            raise MuroanError(
+                "engine.search_processes must be 0 in a process that may have none of its own, such as a worker of "
+                "multiprocessing.Pool"
+            )
         self.still_valid = still_valid
-        self._where: dict[int, Connection] = {}  # the process of each search
+        self._where: dict[int, Connection] = {}  # the process of each search, by its end
         self._searching: dict[Connection, int] = {}  # how many searches each process has
+        self._processes: dict[Connection, multiprocessing.process.BaseProcess] = {}
+        self.close = weakref.finalize(self, _stop, self._processes, os.getpid())
         # A fork is the fastest, and all that Linux needs; elsewhere all is sent.
-        context, processes = multiprocessing.get_context("fork" if sys.platform == "linux" else None), []
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
         for _ in range(count):
             ours, theirs = context.Pipe()
             given = theirs, attack, dict(modalities), threat_model, still_valid
             process = context.Process(target=_serve, args=given, daemon=True)  # type: ignore[attr-defined]
             process.start()
             theirs.close()
-            processes.append(process)
-            self._searching[ours] = 0
-        self.close = weakref.finalize(self, _stop, list(self._searching), processes)
+            self._processes[ours], self._searching[ours] = process, 0
 
     def start(self, number: int, view: AttackedSample, sample: Sample) -> None:
         """Begin a search, in the process that has the fewest."""
         where = self._where[number] = min(self._searching, key=self._searching.__getitem__)
         self._searching[where] += 1
         seen = view.id, view.label, view.clean, view.layouts, view.rng
-        _send(where, (number, (*seen, None if self.still_valid is None else sample)))
+        if self.still_valid is None:
+            self._send(where, (number, (*seen, None)))
+        else:  # not as a view of a whole batch, which would be sent with it
+            inputs = {name: x.clone() for name, x in sample.inputs.items()}
+            self._send(where, (number, (*seen, replace(sample, inputs=inputs))))
 
     def tell(self, number: int, message: Sequence[Any] | BudgetExhausted) -> None:
         """Give a search its answers, or the refusal of what it asked."""
-        _send(self._where[number], (number, message))
+        self._send(self._where[number], (number, message))
 
     def hear(self, seconds: float | None = 0) -> list[tuple[int, Reply]]:
         """What searches have replied, by their numbers; waits so long for a first reply, with None without end.
@@ -145,15 +157,29 @@ class SearchProcesses:
                 try:
                     number, reply = pickle.loads(where.recv_bytes())
                 except (EOFError, OSError):
-                    raise _gone() from None
-                if reply.refused:
-                    raise MuroanError(reply.refused)
-                if reply.trace:
-                    raise RuntimeError(f"in a search process:\n{reply.trace}")
+                    raise self._gone(where) from None
+                if reply.error is not None:
+                    raise reply.error
                 if reply.ended:
                     self._searching[self._where.pop(number)] -= 1
                 heard.append((number, reply))
         return heard
+
+    def _send(self, where: Connection, message: Any) -> None:
+        packed = _packed(message)
+        try:
+            where.send_bytes(packed)
+        except OSError:
+            raise self._gone(where) from None
+
+    def _gone(self, where: Connection) -> MuroanError:
+        process = self._processes[where]
+        process.join(1)
+        why = ", perhaps for want of memory" if process.exitcode == -9 else ""
+        return MuroanError(
+            f"a search process has ended before its searches did (exit code {process.exitcode}{why}): go on with "
+            f"fewer, engine.search_processes=0 for none; finished samples are kept"
+        )
 
 
 def _packed(message: Any) -> bytes:
@@ -161,26 +187,13 @@ def _packed(message: Any) -> bytes:
     return pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
 
 
-def _send(where: Connection, message: Any) -> None:
-    try:
-        where.send_bytes(_packed(message))
-    except OSError:
-        raise _gone() from None
-
-
-def _gone() -> MuroanError:
-    return MuroanError(
-        "a search process has ended before its searches did, perhaps for want of memory: go on with fewer, "
-        "engine.search_processes=0 for none; finished samples are kept"
-    )
-
-
-def _stop(ends: Sequence[Connection], processes: Sequence[Any]) -> None:
-    for process in processes:
-        process.terminate()
-    for process in processes:
+def _stop(processes: Mapping[Connection, multiprocessing.process.BaseProcess], owner: int) -> None:
+    if os.getpid() != owner:
+        return  # a fork of the engine's process ends, not that itself
+    for process in processes.values():
+        process.kill()  # they have nothing to save
+    for end, process in processes.items():
         process.join()
-    for end in ends:
         end.close()
 
 
@@ -192,22 +205,27 @@ def _serve(
     still_valid: StillValid | None,
 ) -> None:
     """The life of a search process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the engine's then ends these
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what a trainer does about it is not for here
+    for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):  # they go to all processes, and are the engine's to act on
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     gc.freeze()  # what came with a fork, tensors of a GPU among it, is not to be touched
     torch.set_num_threads(1)
-    parent, messages = os.getppid(), SimpleQueue[Any]()
+    parent, messages = os.getppid(), SimpleQueue[bytes]()
 
     def listen() -> None:
         # All the time: were nobody reading at either end while both write, both would wait for ever.
         while True:
             try:
                 if connection.poll(ORPHANED):
-                    messages.put(pickle.loads(connection.recv_bytes()))
+                    messages.put(connection.recv_bytes())
                 elif os.getppid() != parent:
                     os._exit(1)
             except (EOFError, OSError):
                 os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
 
     threading.Thread(target=listen, daemon=True).start()
     below: Any = {}
@@ -230,13 +248,15 @@ def _serve(
 
     with threadpool_limits(1):
         while True:
-            number, message = messages.get()
+            number = -1  # as long as it is not known
             try:
+                number, message = pickle.loads(messages.get())
                 packed = _packed((number, reply(number, message)))
             except MuroanError as error:
-                packed = _packed((number, Reply(refused=str(error))))
+                packed = _packed((number, Reply(error=error)))
             except Exception:
-                packed = _packed((number, Reply(trace=traceback.format_exc())))
+                trace = RuntimeError(f"in a search process:\n{traceback.format_exc()}")
+                packed = _packed((number, Reply(error=trace)))
             connection.send_bytes(packed)
 
 
@@ -244,6 +264,9 @@ def _listed(asked: Any, attack: Attack) -> Any:
     """What a search yields, as what can be sent."""
     if isinstance(asked, Together):
         raise MuroanError(f"{attack.name} works on whole batches, which a search process cannot: leave `apart` unset")
-    if isinstance(asked, Ask):
-        return Ask(list(asked.removals), asked.phase, asked.until, asked.admissible)
+    if not isinstance(asked.removals if isinstance(asked, Ask) else asked, Sequence):
+        # All of them would be drawn, and what a search draws later would be another.
+        raise MuroanError(
+            f"{attack.name} asks lazily, which a search process cannot: ask lists, or leave `apart` unset"
+        )
     return asked

@@ -7,12 +7,15 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import pytorch_lightning as pl
+import torch
 from test_engine import RandomToy, varied
 from toys import threat
 
@@ -30,6 +33,17 @@ from muroan.modalities import Region, Removal
 def right_without_words(sample, removal: Removal) -> bool:
     """An oracle that needs the sample: the label stays right as long as every word of it is there."""
     return sample.inputs["text"].numel() > 0 and "text" not in removal.modalities
+
+
+class Unreadable:
+    """Is sent, and cannot be put together again."""
+
+    def __reduce__(self):
+        return cannot, ()
+
+
+def cannot():
+    raise ValueError("cannot arrive")
 
 
 def children() -> list[int]:
@@ -117,7 +131,8 @@ def test_processes_that_are_started_afresh(monkeypatch):
     monkeypatch.setattr(search_processes.multiprocessing, "get_context", lambda method: context)
     attack = Decoupling()
     expected = records(attack, 0, count=4)
-    assert attack._universes, "which are left behind"
+    assert attack._universes
+    assert pickle.loads(pickle.dumps(attack))._universes == {}, "they are large, and are not sent"
     assert records(attack, 1, count=4) == expected
 
 
@@ -148,6 +163,10 @@ class Apart(Attack):
         yield Ask([Removal.of(sample.atoms()[0])])
         if self.how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.how == "exit":
+            os._exit(3)
+        if self.how == "lazy":
+            yield Ask((Removal.of(sample.draw(1).regions[0]) for _ in range(3)), until=sample.flipped)
         if self.how == "together":
             yield Together(len)
         if self.how == "text":
@@ -162,13 +181,16 @@ class Apart(Attack):
     [
         ("list", "search must be a generator"),
         ("together", "works on whole batches, which a search process cannot"),
-        ("killed", "a search process has ended before its searches did.*engine.search_processes=0"),
+        ("killed", r"ended before its searches did \(exit code -9, perhaps.*engine.search_processes=0"),
+        ("exit", r"ended before its searches did \(exit code 3\)"),
+        ("lazy", "asks lazily, which a search process cannot"),
         ("text", "must yield a list of removals or an Ask, got 'text'"),
     ],
 )
 def test_what_goes_wrong_there_is_told_here(how, expected):
     with pytest.raises(MuroanError, match=expected):
         records(Apart(how), 2)
+    assert not children()
 
 
 @pytest.mark.parametrize(
@@ -178,17 +200,185 @@ def test_what_goes_wrong_there_is_told_here(how, expected):
 def test_an_error_comes_with_where_it_was_raised(how, expected):
     with pytest.raises(RuntimeError, match=expected):
         records(Apart(how), 1)
+    assert not children()
+
+
+def test_what_cannot_be_put_together_there_is_told_here(monkeypatch):
+    def tell(self, number, message):
+        self._send(self._where[number], (number, Unreadable()))
+
+    monkeypatch.setattr(search_processes.SearchProcesses, "tell", tell)
+    with pytest.raises(RuntimeError, match="cannot arrive"):
+        records(Decoupling(), 1)
+
+
+def test_an_engine_without_its_processes_is_done_for():
+    engine = QueryEngine(RandomToy(), Apart("error"), threat(60, image=1), 8, search_processes=2)
+    samples = varied(RandomToy(), 24)
+    with pytest.raises(RuntimeError):
+        list(engine.run(samples))
+    for again in (engine.drain, lambda: engine.push(samples)):
+        with pytest.raises(MuroanError, match="make a new engine"):
+            list(again())
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+@pytest.mark.parametrize("fits", [False, True])
+def test_samples_that_fail_to_come_or_to_fit_end_no_search(fits, processes):
+    """What was taken in before is finished, and no slot is lost."""
+    model = RandomToy()
+
+    def failing():
+        *few, last = varied(model, 21)
+        yield from few
+        if fits:
+            raise OSError("no more of them")
+        yield replace(last, label=99)
+
+    engine = QueryEngine(model, Decoupling(), threat(60, image=1), 32, search_processes=processes)
+    found = []
+    with pytest.raises(OSError if fits else MuroanError, match="no more" if fits else "has label 99"):
+        found.extend(engine.push(failing()))
+    slots = len(engine._free) + len(engine._live)
+    assert slots == 32 * (2 if processes else 1)
+    found.extend(engine.drain())
+    assert len(found) == 20
+    assert len(engine._free) == slots
+    assert not children()
+
+
+def test_results_are_given_out_before_an_error(monkeypatch):
+    """What was finished when a process ended is not lost."""
+    model = RandomToy()
+    engine = QueryEngine(model, Decoupling(), threat(60, image=1), 8, search_processes=1)
+    hear = search_processes.SearchProcesses.hear
+
+    def heard(self, seconds=0):
+        assert not engine._finished, "results are waiting while what is heard may be an error"
+        return hear(self, seconds)
+
+    monkeypatch.setattr(search_processes.SearchProcesses, "hear", heard)
+    assert len(list(engine.run(varied(model, 24)))) == 24
+
+
+def test_a_sample_is_sent_without_its_batch(monkeypatch):
+    """One that came from a loader process is a view of all its batch."""
+    model = RandomToy()
+    (sample,) = varied(model, 1, wrong=100)
+    batch = {name: torch.stack([x] * 1000) for name, x in sample.inputs.items()}
+    sample = replace(sample, inputs={name: x[0] for name, x in batch.items()})
+    sent: list[int] = []
+    packed = search_processes._packed
+    monkeypatch.setattr(
+        search_processes, "_packed", lambda message: sent.append(len(packed(message))) or packed(message)
+    )
+    muroan.evaluate(
+        model,
+        [sample],
+        Decoupling(),
+        threat_model=threat(60, image=1),
+        still_valid=right_without_words,
+        search_processes=1,
+    )
+    assert sent
+    assert max(sent) < min(x.nbytes for x in batch.values())
+
+
+def test_an_engine_that_is_given_up_can_end_its_processes():
+    model = RandomToy()
+    engine = QueryEngine(model, Decoupling(), threat(60, image=1), 8, search_processes=2)
+    next(engine.run(varied(model, 24)))
+    assert len(children()) == 2
+    engine.close()
+    assert not children()
 
 
 def test_no_process_outlives_its_engine():
     model = RandomToy()
     engine = QueryEngine(model, Decoupling(), threat(60, image=1), 8, search_processes=2)
     next(engine.run(varied(model, 24)))
-    alive = children()
-    assert len(alive) == 2
+    assert len(children()) == 2
     del engine
     gc.collect()
     assert not children()
+
+
+def test_processes_end_that_have_hardly_begun():
+    """A signal to end that comes before a process has its own way with signals is not lost."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        for _ in range(10):
+            model = RandomToy()
+            given = Decoupling(), model.modalities, threat(60, image=1), None
+            search_processes.SearchProcesses(2, *given).close()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not children()
+
+
+def test_signals_to_all_processes_are_the_engines(monkeypatch):
+    model = RandomToy()
+    expected = records(Decoupling(), 0)
+    engine = QueryEngine(model, Decoupling(), threat(60, image=1), 8, seed=3, search_processes=2)
+    running = engine.run(varied(model, 24))
+    found = [next(running)]
+    for pid in children():
+        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+            os.kill(pid, number)
+    found.extend(running)
+    assert [record.to_json() for record in sorted(found, key=lambda record: record.index)] == expected
+
+
+class Late:
+    """An event of a GPU, which has filled a batch some time after it was given it."""
+
+    def __init__(self, seconds: float):
+        self.at = time.monotonic() + seconds
+
+    def query(self) -> bool:
+        return time.monotonic() >= self.at
+
+    def synchronize(self) -> None:
+        time.sleep(max(0.0, self.at - time.monotonic()))
+
+
+class LateEngine(QueryEngine):
+    """An engine whose model takes its time, as a GPU does, while the engine goes on."""
+
+    gave = 0
+
+    def _forward(self, questions):
+        sent = super()._forward(questions)
+        sent.done = Late(0.004)
+        return sent
+
+    def _hear(self, seconds=0):
+        self.gave += seconds is not None and seconds > 0 and bool(self._thinking)
+        super()._hear(seconds)
+
+
+@pytest.mark.parametrize("ahead", [1, 2])
+def test_while_a_gpu_computes_searches_are_heard(ahead):
+    expected = records(Decoupling(), 0)
+    model = RandomToy()
+    engine = LateEngine(model, Decoupling(), threat(60, image=1), 8, seed=3, ahead=ahead, search_processes=2)
+    found = sorted(engine.run(varied(model, 24)), key=lambda record: record.index)
+    assert [record.to_json() for record in found] == expected
+    assert engine.gave > 0, "it waited for the model alone"
+
+
+def in_a_pool(_: int) -> str:
+    try:
+        records(Decoupling(), 1)
+    except MuroanError as error:
+        return str(error)
+    return ""
+
+
+def test_a_process_that_may_have_none_says_so():
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        (said,) = pool.map(in_a_pool, [0])
+    assert "engine.search_processes must be 0 in a process that may have none" in said
 
 
 def orphan(pipe) -> None:
@@ -200,6 +390,7 @@ def orphan(pipe) -> None:
     time.sleep(60)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_no_process_outlives_an_engine_that_is_killed(monkeypatch):
     monkeypatch.setattr(search_processes, "ORPHANED", 0.2)
     context = multiprocessing.get_context("fork")  # the shorter wait is inherited
@@ -218,11 +409,10 @@ def test_no_process_outlives_an_engine_that_is_killed(monkeypatch):
 
 def running(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
         return False
-    with open(f"/proc/{pid}/stat") as stat:  # one that nobody has asked after is still listed
-        return stat.read().rpartition(")")[2].split()[0] != "Z"
+    return stat.rpartition(")")[2].split()[0] != "Z"  # one that nobody has asked after is still listed
 
 
 def test_a_number_of_processes_must_be_one():
