@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, combinations
 from typing import Literal
@@ -202,6 +203,55 @@ class Decoupling(Attack):
 
 class Enough(Exception):
     """A flip is known, and any will do."""
+
+
+@dataclass
+class Moves:
+    """What one region more or less makes of known removals, the regions of a kind (`Hunt.kinds`) together.
+
+    A move is a number: that of the region that is added, or with as many more as there are regions, put back.
+
+    Attributes:
+        rows: (M,) which known removal each changes.
+        first: (M,) 0 where a region is added, as many as there are regions where one is put back.
+        kind: (M,) of which kind it is.
+        predicted: (M,) the distance from the goal afterwards.
+        score: (M,) the logarithm of what is worth asking; -inf where nothing is left to try.
+        order: (N,) all regions, kind by kind; starts: (C + 1,) where each kind starts and the last one ends.
+        tried: of each row, the moves that were made to no avail.
+    """
+
+    rows: np.ndarray
+    first: np.ndarray
+    kind: np.ndarray
+    predicted: np.ndarray
+    score: np.ndarray
+    order: np.ndarray
+    starts: np.ndarray
+    tried: dict[int, set[int]]
+
+    def untried(self, place: int) -> list[int]:
+        kind = self.kind[place]
+        moves = self.order[self.starts[kind] : self.starts[kind + 1]] + self.first[place]
+        return [move for move in moves.tolist() if move not in self.tried[int(self.rows[place])]]
+
+    def best(self, most: int) -> list[tuple[int, int, float]]:
+        """Those of the highest scores that are not tried, best first: row, move and predicted distance."""
+        found: list[tuple[int, int, int]] = []
+        spent: list[int] = []
+        for place in highest(self.score, most).tolist():
+            moves = self.untried(place)
+            found += [(int(self.rows[place]), move, place) for move in moves[: most - len(found)]]
+            if not moves:
+                spent.append(place)
+            if len(found) == most:
+                break
+        self.score[spent] = -np.inf
+        if spent and len(found) < most:  # in their place others are among the highest
+            return self.best(most)
+        found.sort()
+        found = [found[i] for i in ranked(-self.score[[place for _, _, place in found]])]
+        return [(row, move, float(self.predicted[place])) for row, move, place in found]
 
 
 class Hunt:
@@ -628,6 +678,27 @@ class Hunt:
     ) -> list[tuple[np.ndarray, int, int, float]]:
         """The best new sets that one region more or less makes of these rows (P,); see `candidates`."""
         u, regions = self.universe, len(self.universe.regions)
+        moves = self.weighed(pool, effect, variance)
+        while top := moves.best(SHORT):
+            rows, made = [row for row, _, _ in top], np.array([move for _, move, _ in top])
+            sets, whole = self.sets[rows], u.covers(made % regions)
+            sets = np.where((made < regions)[:, None], sets | whole, sets & ~whole)
+            keys = [chosen.tobytes() for chosen in sets]
+            new = {key: chosen for key, chosen in zip(keys, sets, strict=True) if key not in self.rows}
+            new = {chosen.tobytes(): chosen for chosen in self.allowed(list(new.values()))}
+            found: dict[bytes, tuple[np.ndarray, int, int, float]] = {}
+            for (row, move, predicted), key in zip(top, keys, strict=True):
+                if key in new and key not in found:
+                    found[key] = new[key], row, move, predicted
+                else:
+                    self.tried[row].add(move)
+            if found:
+                return list(found.values())
+        return []
+
+    def weighed(self, pool: np.ndarray, effect: np.ndarray, variance: np.ndarray) -> Moves:
+        """What one region more or less would make of these rows (P,), as far as it may be worth a look."""
+        u, regions = self.universe, len(self.universe.regions)
         spread = u.sums(variance)
         order, starts = self.kinds(effect, spread)
         one, many = order[starts], np.diff(np.append(starts, regions))
@@ -650,37 +721,7 @@ class Hunt:
         predicted = self.distances[pool][rows] - np.where(back, -effect[one[kind]], effect[one[kind]]) * share
         chance = log_ndtr(-predicted / np.sqrt(spread[one[kind]] * share))
         score = self.worth_of(cost.ravel()[at]) + chance
-
-        def untried(place: int) -> list[int]:
-            first = starts[kind[place]]
-            alike = order[first : first + many[kind[place]]] + back[place] * regions
-            return [move for move in alike.tolist() if move not in tried[rows[place]]]
-
-        while True:
-            top: list[tuple[int, int, int]] = []  # place in the pool, move, and where it is scored
-            for place in highest(score, SHORT).tolist():
-                top += [(int(rows[place]), move, place) for move in untried(place)[: SHORT - len(top)]]
-                if len(top) == SHORT:
-                    break
-            if not top:
-                return []
-            top.sort()
-            top = [top[i] for i in ranked(-score[[place for _, _, place in top]])]
-            made, moves = pool[[row for row, _, _ in top]], np.array([move for _, move, _ in top])
-            sets, whole = self.sets[made], u.covers(moves % regions)
-            sets = np.where((moves < regions)[:, None], sets | whole, sets & ~whole)
-            keys = [chosen.tobytes() for chosen in sets]
-            new = {key: chosen for key, chosen in zip(keys, sets, strict=True) if key not in self.rows}
-            new = {chosen.tobytes(): chosen for chosen in self.allowed(list(new.values()))}
-            found: dict[bytes, tuple[np.ndarray, int, int, float]] = {}
-            for (row, move, place), key in zip(top, keys, strict=True):
-                if key in new and key not in found:
-                    found[key] = new[key], int(pool[row]), move, float(predicted[place])
-                else:
-                    tried[row].add(move)
-            if found:
-                return list(found.values())
-            score[[place for _, _, place in top if not untried(place)]] = -np.inf
+        return Moves(pool[rows], back * regions, kind, predicted, score, order, np.append(starts, regions), self.tried)
 
     def kinds(self, effect: np.ndarray, spread: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Regions of which nothing tells one from the others: of equal price, effect (N,), and variance (N,), which no
