@@ -98,7 +98,7 @@ def _where(places: Sequence[tuple[str, int]]) -> str:
         seeds.setdefault(target, []).append(seed)
     targets: dict[tuple[int, ...], list[str]] = {}
     for target, own in seeds.items():
-        targets.setdefault(tuple(own), []).append(target)
+        targets.setdefault(tuple(sorted(own)), []).append(target)
     return "; ".join(f"{', '.join(names)}, seed {', '.join(map(str, own))}" for own, names in targets.items())
 
 
