@@ -18,7 +18,8 @@ import sys
 import threading
 import traceback
 import weakref
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -34,6 +35,9 @@ from muroan.errors import MuroanError
 from muroan.modalities import Modality, Removal
 
 ORPHANED = 5.0  # seconds without a message until a look whether the engine's process is still there
+
+# Signals that go to all processes of a command, and are the engine's to act on.
+TO_ALL = [getattr(signal, name) for name in ("SIGINT", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
 
 StillValid = Callable[[Sample, Removal], "bool | None"]
 
@@ -124,7 +128,8 @@ class SearchProcesses:
             ours, theirs = context.Pipe()
             given = theirs, attack, dict(modalities), threat_model, still_valid
             process = context.Process(target=_serve, args=given, daemon=True)  # type: ignore[attr-defined]
-            process.start()
+            with _held_back():
+                process.start()
             theirs.close()
             self._processes[ours], self._searching[ours] = process, 0
 
@@ -197,6 +202,19 @@ def _stop(processes: Mapping[Connection, multiprocessing.process.BaseProcess], o
         end.close()
 
 
+@contextmanager
+def _held_back() -> Iterator[None]:
+    """Signals to all processes wait, here and in a process that starts, until it knows that they are not for it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, TO_ALL)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _serve(
     connection: Connection,
     attack: Attack,
@@ -205,10 +223,11 @@ def _serve(
     still_valid: StillValid | None,
 ) -> None:
     """The life of a search process."""
-    for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):  # they go to all processes, and are the engine's to act on
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in TO_ALL:
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, TO_ALL)
     gc.freeze()  # what came with a fork, tensors of a GPU among it, is not to be touched
     torch.set_num_threads(1)
     parent, messages = os.getppid(), SimpleQueue[bytes]()
