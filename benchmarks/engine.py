@@ -325,10 +325,8 @@ def beside_bare(engine: QueryEngine, samples: list[Sample]) -> Beside:
 
     Searches in other processes would go on meanwhile: with these, the pieces run before and after.
     """
-    work, times = (
-        pieces(engine.model, samples, engine.batch_size, engine.precision),
-        defaultdict[str, list[float]](list),
-    )
+    work = pieces(engine.model, samples, engine.batch_size, engine.precision)
+    times: defaultdict[str, list[float]] = defaultdict(list)
     send, since, between, between_core = engine._send, time.perf_counter(), 0.0, 0.0
 
     def measure() -> None:

@@ -585,9 +585,9 @@ class QueryEngine:
         """What a search in another process says to a message. Has no questions until that is there."""
         assert live.view is not None
         if message is None:
-            self._searching().start(live.number, live.view, live.sample)
+            self._running_processes().start(live.number, live.view, live.sample)
         else:
-            self._searching().tell(live.number, message)
+            self._running_processes().tell(live.number, message)
         self._thinking[live.number] = live
         yield []
         reply = live.reply
@@ -596,7 +596,7 @@ class QueryEngine:
             live.view.proven, live.view.info = reply.proven, reply.info
         return reply
 
-    def _searching(self) -> SearchProcesses:
+    def _running_processes(self) -> SearchProcesses:
         """The search processes, which the first search starts.
 
         Raises:
@@ -615,7 +615,7 @@ class QueryEngine:
         if not self._thinking:
             return
         try:
-            heard = self._searching().hear(seconds)
+            heard = self._running_processes().hear(seconds)
         except Exception:
             self.close()
             raise

@@ -283,7 +283,7 @@ def _listed(asked: Any, attack: Attack) -> Any:
     """What a search yields, as what can be sent."""
     if isinstance(asked, Together):
         raise MuroanError(f"{attack.name} works on whole batches, which a search process cannot: leave `apart` unset")
-    if not isinstance(asked.removals if isinstance(asked, Ask) else asked, Sequence):
+    if isinstance(asked.removals if isinstance(asked, Ask) else asked, Iterator):
         # All of them would be drawn, and what a search draws later would be another.
         raise MuroanError(
             f"{attack.name} asks lazily, which a search process cannot: ask lists, or leave `apart` unset"

@@ -171,6 +171,8 @@ class Apart(Attack):
             yield Together(len)
         if self.how == "text":
             yield "text"
+        if self.how == "number":
+            yield 5
         if self.how == "until":
             yield Ask([Removal.of(sample.atoms()[1])], until=lambda response: True)
         raise KeyError("no such thing")
@@ -185,6 +187,7 @@ class Apart(Attack):
         ("exit", r"ended before its searches did \(exit code 3\)"),
         ("lazy", "asks lazily, which a search process cannot"),
         ("text", "must yield a list of removals or an Ask, got 'text'"),
+        ("number", "must yield a list of removals or an Ask, got 5"),
     ],
 )
 def test_what_goes_wrong_there_is_told_here(how, expected):
@@ -347,17 +350,31 @@ class LateEngine(QueryEngine):
 
     def _forward(self, questions):
         sent = super()._forward(questions)
-        sent.done = Late(0.004)
+        sent.done = Late(0.02)
         return sent
 
 
 @pytest.mark.parametrize("ahead", [1, 2])
-def test_records_are_the_same_beside_a_model_that_takes_its_time(ahead):
-    expected = records(Decoupling(), 0)
+def test_while_a_gpu_computes_searches_are_heard(ahead, monkeypatch):
+    expected = records(Decoupling(), 0, count=8)
+    hear = search_processes.SearchProcesses.hear
+    meanwhile: list[int] = []
+
+    def patient(self, seconds=0):
+        """Hears nothing unless the engine waits for it: of how many it hears while a batch is computed."""
+        if seconds == 0:
+            return []
+        heard = hear(self, seconds)
+        if seconds is not None:
+            meanwhile.append(len(heard))
+        return heard
+
+    monkeypatch.setattr(search_processes.SearchProcesses, "hear", patient)
     model = RandomToy()
     engine = LateEngine(model, Decoupling(), threat(60, image=1), 8, seed=3, ahead=ahead, search_processes=2)
-    found = sorted(engine.run(varied(model, 24)), key=lambda record: record.index)
+    found = sorted(engine.run(varied(model, 8)), key=lambda record: record.index)
     assert [record.to_json() for record in found] == expected
+    assert sum(meanwhile) > 0, "it waited for the model alone"
 
 
 def in_a_pool(_: int) -> str:
