@@ -186,13 +186,17 @@ def box_mask(boxes: Tensor, shape: Sequence[int]) -> Tensor:
         (B, *shape) bool, True where any box covers the position.
     """
     n = len(shape)
+    if n == 1:  # where more boxes have begun than ended; a mask for each box of a long sound would not fit in memory
+        start, stop = boxes.clamp(0, shape[0]).unbind(-1)
+        real = (start < stop).int()
+        steps = torch.zeros((len(boxes), shape[0] + 1), dtype=torch.int32, device=boxes.device)
+        steps.scatter_add_(1, start, real).scatter_add_(1, stop, -real)
+        return steps[:, :-1].cumsum(1, dtype=torch.int32) > 0
     inside = []
     for axis, size in enumerate(shape):
         position = torch.arange(size, device=boxes.device)
         start, stop = boxes[..., axis, None], boxes[..., n + axis, None]
         inside.append((position >= start) & (position < stop))  # (B, R, size)
-    if n == 1:
-        return inside[0].any(1)
     # A union over R of outer products is a matrix product over R, compared with zero.
     rest = inside[1]
     for side in inside[2:]:
