@@ -49,7 +49,7 @@ def curve_score(fraction: float, limit: float = CURVE_LIMIT) -> float:
 
 
 def columns(results: Sequence[AttackResult], judged: bool | None = None) -> dict[str, tuple[np.ndarray, str]]:
-    """Every metric as a column over samples and how it is reduced (`mean` or `median`, of what is not NaN).
+    """Every metric as a column over samples and how it is reduced; see `reduce_column`.
 
     Args:
         judged: whether the dataset can tell if a label is still right after a flip; None to go by whether it has.
@@ -68,9 +68,9 @@ def columns(results: Sequence[AttackResult], judged: bool | None = None) -> dict
 
     fraction = column(lambda r: r.decoupled_fraction, flipped)
     table = {
-        "clean_accuracy": (100 * column(lambda r: r.clean_label == r.label), "mean"),
-        "robust_accuracy": (100 * column(lambda r: r.clean_label == r.label == r.adversarial_label), "mean"),
-        "attack_success_rate": (100 * column(lambda r: r.flipped, attacked), "mean"),
+        "clean_accuracy": (100 * column(lambda r: r.clean_label == r.label), "rate"),
+        "robust_accuracy": (100 * column(lambda r: r.clean_label == r.label == r.adversarial_label), "rate"),
+        "attack_success_rate": (100 * column(lambda r: r.flipped, attacked), "rate"),
         "decoupled_fraction_mean": (fraction, "mean"),
         "decoupled_fraction_median": (fraction, "median"),
         "curve_area": (
@@ -87,27 +87,27 @@ def columns(results: Sequence[AttackResult], judged: bool | None = None) -> dict
         table[f"decoupled_fraction_{name}_mean"] = (part, "mean")
         table[f"decoupled_fraction_{name}_median"] = (part, "median")
         alone = column(lambda r, name=name: [n for n, count in r.removed.items() if count] == [name], flipped)
-        table[f"modality_share_{name}"] = (100 * alone, "mean")
+        table[f"modality_share_{name}"] = (100 * alone, "rate")
     joint = column(lambda r: sum(count > 0 for count in r.removed.values()) > 1, flipped)
-    table["modality_share_joint"] = (100 * joint, "mean")
-    table["interaction"] = (100 * column(lambda r: r.interaction is True, flipped), "mean")
+    table["modality_share_joint"] = (100 * joint, "rate")
+    table["interaction"] = (100 * column(lambda r: r.interaction is True, flipped), "rate")
     audited = column(lambda r: r.one_minimal is True, lambda r: r.flipped and r.one_minimal is not None)
-    table["one_minimal"] = (100 * audited, "mean")
-    table["proven"] = (100 * column(lambda r: r.proven, lambda r: r.flipped and r.proven is not None), "mean")
+    table["one_minimal"] = (100 * audited, "rate")
+    table["proven"] = (100 * column(lambda r: r.proven, lambda r: r.flipped and r.proven is not None), "rate")
     judged = any(r.still_valid is not None for r in results) if judged is None else judged
     # A dataset can tell of removals alone.
     valid = column(
         lambda r: r.flipped and r.still_valid is True, lambda r: r.attacked and judged and r.kind == "removal"
     )
-    table["valid_success_rate"] = (100 * valid, "mean")
+    table["valid_success_rate"] = (100 * valid, "rate")
     return table
 
 
 def reduce_column(column: np.ndarray, how: str, axis: int | None = None) -> np.ndarray | float:
-    """Mean or median of what is not NaN; NaN where nothing is left."""
+    """Mean or median of what is not NaN; NaN where nothing is left. A `rate` is the mean of what is all 0 or 100."""
     with np.errstate(invalid="ignore"):
         valid = ~np.isnan(column)
-        if how == "mean":
+        if how != "median":
             count = valid.sum(axis)
             return np.where(count > 0, np.where(valid, column, 0).sum(axis) / np.maximum(count, 1), np.nan)
         order = np.sort(column, axis=-1)  # NaN last
@@ -120,10 +120,11 @@ def reduce_column(column: np.ndarray, how: str, axis: int | None = None) -> np.n
 def bootstrap(
     column: np.ndarray, how: str = "mean", resamples: int = 1000, level: float = 0.95, seed: int = 0
 ) -> dict[str, float | None]:
-    """The mean or median of a column over samples and its percentile bootstrap interval.
+    """The mean or median of a column over samples and its percentile bootstrap interval; see `pooled`.
 
     Args:
         column: (N,) one number a sample, NaN where the sample has no say.
+        how: see `reduce_column`.
         resamples: bootstrap resamples of the N samples; the same ones for every column of that length.
         level: of the interval.
 
@@ -145,9 +146,12 @@ def pooled(
     Models of all seeds are attacked on the same samples, and what is hard to flip in one is hard in the others. So
     samples are drawn once for all seeds; the seeds themselves are not resampled.
 
+    A rate of 0 or 100 % is the same in every resample, though another sample may well differ. Its interval is that of
+    Clopper and Pearson (Biometrika 1934) for as many samples.
+
     Args:
         seeds: for each, one number a sample by its id, NaN where the sample has no say.
-        how: `mean` or `median`, of each seed's samples.
+        how: of each seed's samples; see `reduce_column`.
         resamples, level: see `bootstrap`, which this is for one seed.
 
     Returns:
@@ -170,7 +174,11 @@ def pooled(
     spread = spread[~np.isnan(spread)]
     tails = [100 * (1 - level) / 2, 100 * (1 + level) / 2]
     low, high = np.percentile(spread, tails) if len(spread) else (np.nan, np.nan)
-    named = {"value": np.mean([reduce_column(row, how) for row in table]), "low": low, "high": high}
+    value = np.mean([reduce_column(row, how) for row in table])
+    if how == "rate" and (found := set(table[~np.isnan(table)].tolist())) in ({0.0}, {100.0}):
+        beyond = 100 * (1 - ((1 - level) / 2) ** (1 / (~np.isnan(table)).any(0).sum()))
+        low, high = (0.0, beyond) if found == {0.0} else (100 - beyond, 100.0)
+    named = {"value": value, "low": low, "high": high}
     return {key: None if np.isnan(x) else float(x) for key, x in named.items()}
 
 

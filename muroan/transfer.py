@@ -225,7 +225,7 @@ def ask(
                 flipped=len(flipped),
                 left_out=unfitting + sum(record.id not in seen for record in flipped),
                 n=len(told),
-                rate=bootstrap(np.array([100.0 * (label != record.label) for record, label in told])),
+                rate=bootstrap(np.array([100.0 * (label != record.label) for record, label in told]), "rate"),
                 same_class=float(np.mean([100.0 * (label == record.adversarial_label) for record, label in told]))
                 if told
                 else None,

@@ -17,7 +17,7 @@ from test_compare import record, rows_of
 from muroan.errors import MuroanError
 from muroan.modalities import stable_seed
 from muroan.report import build
-from muroan.report.defenses import Grid, grids, latex, markdown, overview, table, write
+from muroan.report.defenses import Grid, _drawn, grids, latex, markdown, overview, table, write
 from muroan.results import RunFolder
 from muroan.runs import find_runs
 
@@ -37,20 +37,23 @@ def run(
     replacement: str = "zero",
     epochs: int = 3,
     model: str = "m",
+    valid_only: bool = False,
     hardening: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
     **more: Any,
 ) -> None:
     """An attack on a model under a defence; outcomes as in test_compare: removed percent, 0 held, None wrong before."""
     settings = json.dumps([hardening, options])
-    folder = RunFolder(path / f"{defense}-{attack}-{budget}-{seed}-{lr}-{epochs}-{model}-{stable_seed(settings)}")
+    folder = RunFolder(
+        path / f"{defense}-{attack}-{budget}-{seed}-{lr}-{epochs}-{model}-{valid_only}{stable_seed(settings)}"
+    )
     weights = f"{defense}{seed}{lr}{epochs}{settings}"
     threat_model = {"max_queries": budget, "replacement": replacement}
     training = {"control": control, "cost": COST} if defense else None
     folder.start(
         {
             "identity": {
-                "attack": {"valid_only": False},
+                "attack": {"valid_only": valid_only},
                 "threat_model": threat_model,
                 "seed": seed,
                 "weights": weights,
@@ -314,11 +317,11 @@ def test_an_attack_on_more_seeds_takes_none_away(tmp_path: Path) -> None:
     run(tmp_path, "extra", [1] * 30, "plain_training", control=True, seed=0)
     (verdict,) = grid(tmp_path).verdicts
     assert verdict.beyond is not None
-    assert (verdict.beyond.samples, verdict.beyond.seeds) == (90, 3)
+    assert (verdict.beyond.samples, verdict.beyond.by_seed) == (90, {0: 100.0, 1: 100.0, 2: 100.0})
     run(tmp_path, "pgd", [1] * 30, "plain_training", control=True, seed=7, kind="perturbation")
     (verdict,) = grid(tmp_path).verdicts
     assert verdict.beyond is not None
-    assert (verdict.beyond.samples, verdict.beyond.seeds) == (90, 3)
+    assert (verdict.beyond.samples, verdict.beyond.by_seed) == (90, {0: 100.0, 1: 100.0, 2: 100.0})
 
 
 def test_without_a_control_no_claim_is_made(tmp_path: Path) -> None:
@@ -334,7 +337,7 @@ def test_seeds_are_paired_with_their_own(tmp_path: Path) -> None:
     run(tmp_path, "decoupling", [1, 1], "plain_training", control=True, seed=7)
     (verdict,) = grid(tmp_path).verdicts
     assert verdict.beyond is not None
-    assert (verdict.beyond.samples, verdict.beyond.seeds) == (4, 2)
+    assert (verdict.beyond.samples, verdict.beyond.by_seed) == (4, {0: 50.0, 1: -50.0})
     assert verdict.beyond.robust["value"] == pytest.approx((50 - 50) / 2)
 
 
@@ -422,7 +425,8 @@ def test_several_models_have_an_overview(tmp_path: Path) -> None:
     page = build([tmp_path], tmp_path / "out").read_text()
     assert page.index("What each defence leaves of each model") < page.index("<h3>d · k</h3>")
     assert "<td>100.0 +</td>" in page
-    assert text.startswith("### All models\n")
+    assert text.startswith("Robust to all flips: ")
+    assert text.index("### All models\n") < text.index("### d · k\n")
     assert ["hard", "100.0", "100.0 +", "0.0"] in rows_of(text)
     assert tex.count(r"\begin{tabular}") == 4
     run(tmp_path, "decoupling", [1] * 12, "worse", model="k", still_valid=True)
@@ -441,10 +445,116 @@ def test_a_defence_over_fewer_seeds_says_so(tmp_path: Path) -> None:
     assert ["other", "0.0 (seed 3)", ""] in overview(found)
     write([tmp_path], tmp_path / "out")
     with (tmp_path / "out/defenses.csv").open() as file:
-        lines = [line for line in csv.DictReader(file) if line["attack"] == "decoupling"]
-    each = {line["defense"]: json.loads(line["robust_by_seed"]) for line in lines if line["model"] == "m"}
-    assert each["hard"] == {"0": 100.0, "3": 62.5}
-    assert each["other"] == {"3": 0.0}
+        lines = [line for line in csv.DictReader(file) if line["model"] == "m"]
+    for attack in ("decoupling", "worst case"):  # the only one
+        own = {line["defense"]: line for line in lines if line["attack"] == attack}
+        assert {name: line["seeds"] for name, line in own.items()} == {
+            "plain_training": "0 3",
+            "hard": "0 3",
+            "other": "3",
+        }
+        each = {name: json.loads(line["robust_accuracy_by_seed"]) for name, line in own.items()}
+        assert each["hard"] == {"0": 100.0, "3": 62.5}
+        assert each["other"] == {"3": 0.0}
+
+
+def test_a_training_helped_if_it_did_in_every_seed(tmp_path: Path) -> None:
+    """Chance in training is seen in the seeds alone: 30 samples in one seed say nothing of the next."""
+    for seed, (hard, control) in enumerate([(0, 1), (0, 1), (1, 1)]):
+        run(tmp_path, "decoupling", [hard] * 30, "hard", seed=seed)
+        run(tmp_path, "decoupling", [control] * 30, "plain_training", control=True, seed=seed)
+    (verdict,) = grid(tmp_path).verdicts
+    assert verdict.p < 0.001
+    assert verdict.word == "did not help"
+    assert verdict.line.startswith(
+        "hard did not help beyond its controls in every seed: robust accuracy +66.7 points ["
+    )
+    assert "against plain_training (by seed +100.0, +100.0, +0.0), p < 0.001" in verdict.line
+    assert verdict.line.endswith("; 90 paired samples, seeds 0, 1, 2.")
+
+
+def test_a_training_did_worse_if_it_did_in_every_seed(tmp_path: Path) -> None:
+    for seed, control in enumerate([0, 0, 1]):
+        run(tmp_path, "decoupling", [1] * 30, "hard", seed=seed)
+        run(tmp_path, "decoupling", [control] * 30, "plain_training", control=True, seed=seed)
+    (verdict,) = grid(tmp_path).verdicts
+    assert verdict.word == "did not help"
+    run(tmp_path, "decoupling", [1] * 30, "plain_training", control=True, seed=3)
+    for seed in (0, 1):
+        run(tmp_path, "decoupling", [0] * 30, "modality_dropout", control=True, seed=seed)
+    (verdict,) = grid(tmp_path).verdicts
+    assert verdict.word == "did worse", "than the other control, in each of the seeds that both have"
+
+
+def test_what_an_attack_on_some_adds(tmp_path: Path) -> None:
+    """The stronger attack was run on one seed, and not on all controls: it stands apart, over what has it."""
+    for seed in (0, 3):
+        run(tmp_path, "decoupling", [1] * 4, seed=seed)
+        run(tmp_path, "decoupling", [0, 1, 1, 1], "plain_training", control=True, seed=seed)
+        run(tmp_path, "decoupling", [1, 1, 1, 1], "modality_dropout", control=True, seed=seed)
+        run(tmp_path, "decoupling", [0, 0, 0, 1], "hard", seed=seed)
+    run(tmp_path, "stronger", [0] * 4, seed=3)  # what the others flip is flipped
+    run(tmp_path, "stronger", [0, 0, 1, 1], "plain_training", control=True, seed=3)
+    run(tmp_path, "stronger", [2, 0, 2, 0], "hard", seed=3)
+    found = grid(tmp_path)
+    (more,) = found.further
+    assert (more.attack, more.seeds) == ("stronger", [3])
+    held = {d.name: figures["robust_accuracy"]["value"] for d, figures in more.held}
+    assert held == {"undefended": 0.0, "plain_training": 25.0, "hard": 25.0}
+    ((hard, control, difference),) = more.differences
+    assert (hard.name, control.name) == ("hard", "plain_training")
+    assert difference.robust["value"] == 0.0
+    assert difference.p == 1.0
+    assert more.line == (
+        "With stronger added to the attacks (seed 3), robust accuracy is 0.0 % undefended, 25.0 % plain_training "
+        "(control), 25.0 % hard; hard against plain_training +0.0 points [-75.0, +75.0], p 1.00."
+    )
+    assert more.line in markdown([found])
+    write([tmp_path], tmp_path / "out")
+    with (tmp_path / "out/defenses.csv").open() as file:
+        lines = {(line["defense"], line["attack"]): line for line in csv.DictReader(file)}
+    apart = lines["hard", "worst case with stronger"]
+    assert (apart["seeds"], float(apart["robust_accuracy"]), apart["verdict"]) == ("3", 25.0, "")
+    assert float(lines["hard", "worst case"]["robust_accuracy"]) == 75.0
+    assert ("modality_dropout", "worst case with stronger") not in lines
+
+
+def test_every_pair_in_full(tmp_path: Path) -> None:
+    write([small(tmp_path / "runs")], tmp_path / "out")
+    run(tmp_path / "runs", "stronger", [0, 0, 1, 1], "plain_training", control=True)
+    run(tmp_path / "runs", "stronger", [0, 0, 0, 0], "hard")
+    run(tmp_path / "runs", "decoupling", [1, 1, 1, 1], "other")
+    run(tmp_path / "runs", "greedy", [1, 1, 1, 1], "other")
+    write([tmp_path / "runs"], tmp_path / "out")
+    with (tmp_path / "out/defenses-pairs.csv").open() as file:
+        lines = {(line["defense"], line["attack"]): line for line in csv.DictReader(file)}
+    verdicts = {verdict.defense.name: verdict for verdict in grid(tmp_path / "runs").verdicts}
+    assert set(lines) == {("hard", "worst case"), ("other", "worst case"), ("hard", "worst case with stronger")}
+    for name, verdict in verdicts.items():
+        line, beyond = lines[name, "worst case"], verdict.beyond
+        assert beyond is not None
+        assert (line["control"], line["decides"], line["verdict"]) == ("plain_training", "True", verdict.word)
+        assert [float(line[key]) for key in ("verdict_p", "p", "robust_accuracy")] == [
+            pytest.approx(value) for value in (verdict.p, beyond.p, beyond.robust["value"])
+        ]
+        assert json.loads(line["by_seed"]) == {"0": pytest.approx(beyond.points)}
+    assert lines["hard", "worst case with stronger"]["verdict"] == ""
+
+
+def test_the_plot_is_of_what_defences_are_judged_by(tmp_path: Path) -> None:
+    """Of many controls the best one is enough, and of several attacks the one in search of valid flips."""
+    for valid_only in (False, True):
+        options = {"valid_only": valid_only, "still_valid": True}
+        run(tmp_path, "decoupling", [1, 1, 1, 1], **options)
+        run(tmp_path, "decoupling", [1, 1, 1, 0], "noise", control=True, **options)
+        run(tmp_path, "decoupling", [1, 1, 0, 0], "dropout", control=True, **options)
+        run(tmp_path, "decoupling", [1, 0, 0, 0], "hard", **options)
+    title, curves = _drawn(grid(tmp_path))
+    assert title == "d · m, decoupling (valid flips)"
+    assert [name for name, _ in curves] == ["undefended", "dropout (control)", "hard"]
+    assert all(run.identity["attack"]["valid_only"] for _, runs in curves for run in runs)
+    run(tmp_path / "alone", "greedy", [1, 1], "hard")
+    assert _drawn(grid(tmp_path / "alone"))[0] == "d · m, greedy"
 
 
 def test_files(tmp_path: Path) -> None:

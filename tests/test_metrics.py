@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ from muroan.metrics import (
     bootstrap,
     columns,
     curve_score,
+    pooled,
     reduce_column,
     success_curve,
     summarise,
@@ -125,7 +127,7 @@ class TestByHand:
 class TestNothingToMeasure:
     def test_nobody_flipped(self):
         summary = summarise([other(0, "held", (7, 7, 0)), other(1, "held", (9, 9, 0))], resamples=20)
-        assert summary["attack_success_rate"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+        assert summary["attack_success_rate"] == pytest.approx({"value": 0.0, "low": 0.0, "high": 84.19}, abs=0.01)
         assert summary["robust_accuracy"]["value"] == summary["clean_accuracy"]["value"] == 100
         assert summary["curve_area"]["value"] == 0
         assert summary["queries"]["value"] == 8
@@ -194,6 +196,25 @@ class TestBootstrap:
         assert bootstrap(column) == bootstrap(column)
         assert bootstrap(column, seed=1) != bootstrap(column)
         assert bootstrap(column, seed=1)["value"] == bootstrap(column)["value"]
+
+    @pytest.mark.parametrize("n", [1, 10, 300])
+    @pytest.mark.parametrize("value", [0.0, 100.0])
+    def test_a_rate_at_an_end_is_not_certain(self, n, value):
+        """No resample differs; 0 of 10 may well be 30.8 % of all (Clopper and Pearson's two-sided 95 %)."""
+        column = np.array([value] * n + [np.nan])
+        exact = scipy.stats.binomtest(round(n * value / 100), n).proportion_ci(method="exact")
+        expected = {"value": value, "low": 100 * exact.low, "high": 100 * exact.high}
+        assert bootstrap(column, "rate") == pytest.approx(expected)
+        assert bootstrap(column) == {"value": value, "low": value, "high": value}  # of no rate nothing is known
+        if n == 10 and not value:
+            assert bootstrap(column, "rate")["high"] == pytest.approx(30.85, abs=0.01)
+
+    def test_of_a_rate_at_an_end_in_several_seeds_each_sample_counts_once(self):
+        seeds = [dict.fromkeys("abc", 100.0), {**dict.fromkeys("bcd", 100.0), "e": np.nan}]
+        assert pooled(seeds, "rate")["low"] == pytest.approx(bootstrap(np.full(4, 100.0), "rate")["low"])
+        assert pooled(seeds, "rate")["high"] == 100
+        seeds[0]["a"] = 0.0
+        assert pooled(seeds, "rate") == pooled(seeds, "mean")
 
     def test_like_the_textbook(self):
         """The percentile interval of a mean is close to the normal one."""

@@ -140,7 +140,7 @@ def columns_within(run: Run, queries: int) -> dict[str, tuple[np.ndarray, str]]:
         fraction.append(min(sizes, default=nan))
         asked.append(min(r.queries, queries) if r.attacked else nan)
     return {
-        "attack_success_rate": (np.array(success), "mean"),
+        "attack_success_rate": (np.array(success), "rate"),
         "decoupled_fraction_mean": (np.array(fraction), "mean"),
         "decoupled_fraction_median": (np.array(fraction), "median"),
         "queries": (np.array(asked, dtype=float), "mean"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ LEVEL = 0.05  # of p, below which a defence is said to have helped
 
 METRICS = ["clean_accuracy", "robust_accuracy", "robust_to_valid", "attack_success_rate", "decoupled_fraction_mean"]
 METRICS += ["decoupled_fraction_median", "curve_area", "queries"]
+BY_SEED = ["robust_accuracy", "robust_to_valid"]  # told of each seed, too
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,10 @@ class Defended:
         own = [{run.about.get("seed") for run in row.runs} for row in self.removals(attacks)]
         return sorted(set.intersection(*own), key=str) if own else []
 
+    def controls(self, other: Defended) -> bool:
+        """Whether it is a control of another's: one that was trained for shorter, or otherwise, shows nothing."""
+        return self.control and self.base == other.base and self.effort == other.effort
+
     def cost(self) -> dict[str, float]:
         """What hardening took, the mean over seeds; empty where nothing was hardened."""
         costs = {run.about.get("seed"): (run.about.get("training") or {}).get("cost") for run in self.runs}
@@ -136,7 +141,7 @@ class Difference:
         larger: difference of the same areas over the samples that both are flipped on, by flips that count: below 0,
             they need larger removals.
         p: of `decisive`, by the exact sign-flip test over samples, two-sided; p_larger: likewise of `larger`.
-        samples, seeds: how many were paired.
+        samples: how many were paired; by_seed: what `decisive` is in each seed, by which to tell chance in training.
     """
 
     robust: Estimate
@@ -146,7 +151,7 @@ class Difference:
     p: float
     p_larger: float
     samples: int
-    seeds: int
+    by_seed: Mapping[Any, float]
 
     @property
     def decisive(self) -> Estimate:
@@ -163,29 +168,39 @@ class Difference:
         """The same for ranking: among equals, the size of the flips decides."""
         return self.points, -(self.area["value"] or 0.0)
 
+    @property
+    def each(self) -> str:
+        """`by_seed` as text; empty where there is one seed."""
+        told = ", ".join(f"{points:+.1f}" for points in self.by_seed.values())
+        return f" (by seed {told})" if len(self.by_seed) > 1 else ""
+
 
 @dataclass(frozen=True)
 class Verdict:
     """A defence against the undefended model and against its controls.
 
-    To have helped, a defence must be better than each of its controls, beyond chance; to have done worse, worse than
-    any of them.
+    To have helped, a defence must be better than each of its controls, beyond chance, and in every seed; to have done
+    worse, worse than any of them. Chance is that of the samples: that of training is seen in the seeds alone.
 
     Attributes:
+        against: its controls, and the differences to them.
         control, beyond: the control that decides, and the difference to it.
         p: that of the claim. For one against each control it is the largest of their p (Berger 1982), for one against
             any the smallest times their number; then after Holm's correction over the verdicts on this model.
         p_larger: likewise that flips need larger removals than under each control.
+        steady: whether what is claimed is so in every seed.
         missing: controls that share no sample with it, so that it can't be said to have helped.
         unlike: controls that were hardened longer or shorter, or otherwise, and have no say.
     """
 
     defense: Defended
     undefended: Difference | None
+    against: Sequence[tuple[Defended, Difference]]
     control: Defended | None
     beyond: Difference | None
     p: float = 1.0
     p_larger: float = 1.0
+    steady: bool = True
     missing: tuple[str, ...] = ()
     unlike: tuple[str, ...] = ()
 
@@ -199,7 +214,7 @@ class Verdict:
         """The finding in a word or two, empty where there is no control."""
         if self.beyond is None:
             return ""
-        if self.p >= LEVEL:
+        if self.p >= LEVEL or not self.steady:
             return "did not help"
         if self.beyond.points < 0:
             return "did worse"
@@ -219,22 +234,51 @@ class Verdict:
             return f"{self.defense.name}: {lacking}, so that no claim can be made."
         judged, robust, area = self.beyond.decisive, self.beyond.robust, self.beyond.area
         what = f"{self.word} {'than a control' if self.word == 'did worse' else 'beyond its controls'}"
+        what += " in every seed" if self.p < LEVEL and not self.steady else ""
         what += ", though flips need larger removals" if self.larger and not self.helped else ""
-        gains = f"robust accuracy {_points(robust)} against {self.control.name}"
+        gains = f"robust accuracy {_points(robust)} against {self.control.name}{self.beyond.each}"
         if judged is not robust:
-            gains = f"robust accuracy to valid flips {_points(judged)} against {self.control.name}, "
+            gains = f"robust accuracy to valid flips {_points(judged)} against {self.control.name}{self.beyond.each}, "
             gains += f"to all flips {_points(robust)}"
         if self.undefended is not None:
             gains += f" (against the undefended model {_points(self.undefended.decisive)})"
         return (
             f"{self.defense.name} {what}: {gains}, p {probability(self.p)}, curve area {_points(area)} (below 0, flips "
-            f"are fewer or larger){self._lacking}; {whole(self.beyond.samples)} paired samples, {self.beyond.seeds} "
-            f"seed{'s'[: self.beyond.seeds != 1]}."
+            f"are fewer or larger){self._lacking}; {whole(self.beyond.samples)} paired samples, "
+            f"{_seeds(self.beyond.by_seed)}."
         )
 
     @property
     def _lacking(self) -> str:
         return f"; not compared with {', '.join(self.missing)}, which share no sample" if self.missing else ""
+
+
+@dataclass(frozen=True)
+class Further:
+    """What is left where an attack is added to those that all hardened models were attacked by.
+
+    Attributes:
+        attack: only the models here were attacked by it; seeds: those that all of these have.
+        held: the models, and their figures under all of these attacks together; see `Grid.worst`.
+        differences: of a defence to a control of its.
+    """
+
+    attack: str
+    seeds: Sequence[Any]
+    held: Sequence[tuple[Defended, dict[str, Estimate]]]
+    differences: Sequence[tuple[Defended, Defended, Difference]]
+
+    @property
+    def line(self) -> str:
+        """The finding in one line."""
+        metric = "robust_to_valid" if all(d.judged for d, _ in self.held) else "robust_accuracy"
+        held = ", ".join(f"{figure(worst[metric]['value'], 'rate')} % {_title(d)}" for d, worst in self.held)
+        each = "".join(
+            f"; {d.name} against {c.name} {_points(found.decisive)}{found.each}, p {probability(found.p)}"
+            for d, c, found in self.differences
+        )
+        what = " to valid flips" if metric == "robust_to_valid" else ""
+        return f"With {self.attack} added to the attacks ({_seeds(self.seeds)}), robust accuracy{what} is {held}{each}."
 
 
 @dataclass(frozen=True)
@@ -258,40 +302,73 @@ class Grid:
         """Which seeds a defence is over, where others are over more; else nothing."""
         own = defense.seeds(self.attacks)
         others = {seed for other in self.defenses for seed in other.seeds(self.attacks)}
-        seeds = ", ".join(map(str, own)) or "none"
-        return "" if others <= set(own) else f" (seed{'s'[: len(own) != 1]} {seeds})"
+        return "" if others <= set(own) else f" ({_seeds(own)})"
 
-    def worst(self, defense: Defended) -> dict[str, Estimate]:
-        """Clean and robust accuracies, and the curve area under all removal attacks together."""
-        seeds = [defense.outcomes(seed, self.attacks) for seed in defense.seeds(self.attacks)]
+    @cached_property
+    def further(self) -> list[Further]:
+        """What the removal attacks show that only some of the hardened models were attacked by."""
+        rows = {name: row for d in self.defenses if not d.undefended for name, row in d.attacks.items()}
+        found = []
+        for name in (name for name, row in rows.items() if name not in self.attacks and row.kind == "removal"):
+            attacks = [*self.attacks, name]
+            own = [d for d in self.defenses if name in d.attacks]
+            if seeds := sorted(set.intersection(*(set(d.seeds(attacks)) for d in own)), key=str):
+                held = [(d, self.worst(d, attacks, seeds)) for d in own]
+                pairs = [(d, c) for d in own if not (d.control or d.undefended) for c in own if c.controls(d)]
+                each = [(d, c, self.difference(d, c, attacks, seeds)) for d, c in pairs]
+                found.append(Further(name, seeds, held, [(d, c, x) for d, c, x in each if x is not None]))
+        return found
+
+    def worst(self, defense: Defended, attacks: Sequence[str] = (), seeds: Sequence[Any] = ()) -> dict[str, Estimate]:
+        """Clean and robust accuracies, and the curve area under several removal attacks together.
+
+        Args:
+            attacks: those that all were attacked by, unless said; seeds: all that these were run on, unless said.
+        """
+        attacks = attacks or self.attacks
+        found = [defense.outcomes(seed, attacks) for seed in seeds or defense.seeds(attacks)]
         return {
-            "clean_accuracy": pooled([{key: 100.0 * o.right for key, o in found.items()} for found in seeds]),
-            "robust_accuracy": pooled([{key: o.robust for key, o in found.items()} for found in seeds]),
-            "robust_to_valid": pooled([{key: o.robust_to_valid for key, o in found.items()} for found in seeds]),
-            "curve_area": pooled([{key: o.area for key, o in found.items() if o.right} for found in seeds]),
+            "clean_accuracy": pooled([{key: 100.0 * o.right for key, o in own.items()} for own in found], "rate"),
+            "robust_accuracy": pooled([{key: o.robust for key, o in own.items()} for own in found], "rate"),
+            "robust_to_valid": pooled([{key: o.robust_to_valid for key, o in own.items()} for own in found], "rate"),
+            "curve_area": pooled([{key: o.area for key, o in own.items() if o.right} for own in found]),
         }
 
-    def difference(self, a: Defended, b: Defended) -> Difference | None:
-        """`a` less `b`; None where they share no sample."""
-        robust: list[dict[Any, float]] = []
-        valid, area, larger = list(robust), list(robust), list(robust)
-        attacks = [name for name in self.attacks if name in a.attacks and name in b.attacks]
-        for seed in (seed for seed in a.seeds(attacks) if seed in b.seeds(attacks)):
+    @property
+    def said(self) -> list[str]:
+        """The findings, a line each."""
+        return [*(verdict.line for verdict in self.verdicts), *(more.line for more in self.further)]
+
+    def difference(
+        self, a: Defended, b: Defended, attacks: Sequence[str] = (), seeds: Sequence[Any] = ()
+    ) -> Difference | None:
+        """`a` less `b`, see `worst`; None where they share no sample."""
+        robust: dict[Any, dict[Any, float]] = {}
+        valid, area, larger = dict(robust), dict(robust), dict(robust)
+        attacks = [name for name in attacks or self.attacks if name in a.attacks and name in b.attacks]
+        shared = [seed for seed in a.seeds(attacks) if seed in b.seeds(attacks)]
+        for seed in (seed for seed in shared if not seeds or seed in seeds):
             first, second = a.outcomes(seed, attacks), b.outcomes(seed, attacks)
             both = {key: (first[key], second[key]) for key in first if key in second}
-            robust.append({key: x.robust - y.robust for key, (x, y) in both.items()})
-            valid.append({key: x.robust_to_valid - y.robust_to_valid for key, (x, y) in both.items()})
-            area.append({key: x.area - y.area for key, (x, y) in both.items() if x.right and y.right})
+            if not both:
+                continue
+            robust[seed] = {key: x.robust - y.robust for key, (x, y) in both.items()}
+            valid[seed] = {key: x.robust_to_valid - y.robust_to_valid for key, (x, y) in both.items()}
+            area[seed] = {key: x.area - y.area for key, (x, y) in both.items() if x.right and y.right}
             sizes = {key: (x.decisive, y.decisive) for key, (x, y) in both.items() if x.right and y.right}
             flipped = {key: pair for key, pair in sizes.items() if np.isfinite(pair).all()}
-            larger.append({key: _score(x) - _score(y) for key, (x, y) in flipped.items()})
-        samples = sum(map(len, robust))
-        if not samples:
+            larger[seed] = {key: _score(x) - _score(y) for key, (x, y) in flipped.items()}
+        if not robust:
             return None
-        p = sign_flip(over_seeds(valid if a.judged and b.judged else robust))
-        p_larger = sign_flip(over_seeds(larger))
-        found = pooled(robust), pooled(valid), pooled(area), pooled(larger)
-        return Difference(*found, p, p_larger, samples, len(robust))
+        decisive = valid if a.judged and b.judged else robust
+        return Difference(
+            *(pooled(list(robust.values())), pooled(list(valid.values()))),
+            *(pooled(list(area.values())), pooled(list(larger.values()))),
+            p=sign_flip(over_seeds(list(decisive.values()))),
+            p_larger=sign_flip(over_seeds(list(larger.values()))),
+            samples=sum(map(len, robust.values())),
+            by_seed={seed: float(np.mean(list(own.values()))) for seed, own in decisive.items()},
+        )
 
     @cached_property
     def verdicts(self) -> list[Verdict]:
@@ -303,11 +380,10 @@ class Grid:
             match = [other for other in self.defenses if other.base == defense.base]
             plain = next((other for other in match if other.undefended), None)
             gain = None if plain is None else self.difference(defense, plain)
-            # One that was trained for shorter, or otherwise, shows nothing of what the training itself does.
-            against = [(c, self.difference(defense, c)) for c in match if c.control and c.effort == defense.effort]
+            against = [(c, self.difference(defense, c)) for c in match if c.controls(defense)]
             controls = [(c, difference) for c, difference in against if difference is not None]
             missing = tuple(c.name for c, difference in against if difference is None)
-            unlike = tuple(c.name for c in match if c.control and c.effort != defense.effort)
+            unlike = tuple(c.name for c in match if c.control and not c.controls(defense))
             found.append(replace(_judged(defense, gain, controls), missing=missing, unlike=unlike))
         judged = [verdict for verdict in found if verdict.beyond is not None]
         p, p_larger = iter(holm([v.p for v in judged])), iter(holm([v.p_larger for v in judged]))
@@ -319,17 +395,19 @@ def _judged(defense: Defended, gain: Difference | None, controls: Sequence[tuple
     # Of equal ones the control that leaves the least gain; among equals again, in the size of the flips.
     ranked = sorted(controls, key=lambda pair: pair[1].gain)
     if not ranked:
-        return Verdict(defense, gain, None, None)
+        return Verdict(defense, gain, controls, None, None)
     larger = all((beyond.larger["value"] or 0) < 0 for _, beyond in ranked)
     p_larger = max(beyond.p_larger for _, beyond in ranked) if larger else 1.0
     worse = [pair for pair in ranked if pair[1].points < 0]
     if worse:
         control, beyond = min(worse, key=lambda pair: pair[1].p)
-        return Verdict(defense, gain, control, beyond, min(1.0, beyond.p * len(controls)), p_larger)
-    if ranked[0][1].points == 0:
-        return Verdict(defense, gain, *ranked[0], 1.0, p_larger)
-    control, beyond = max(ranked, key=lambda pair: pair[1].p)
-    return Verdict(defense, gain, control, beyond, beyond.p, p_larger)
+        p, steady = min(1.0, beyond.p * len(controls)), max(beyond.by_seed.values()) < 0
+    elif ranked[0][1].points == 0:
+        (control, beyond), p, steady = ranked[0], 1.0, True
+    else:
+        control, beyond = max(ranked, key=lambda pair: pair[1].p)
+        p, steady = beyond.p, all(points > 0 for _, other in ranked for points in other.by_seed.values())
+    return Verdict(defense, gain, controls, control, beyond, p, p_larger, steady)
 
 
 def grids(runs: Sequence[Run]) -> list[Grid]:
@@ -422,11 +500,16 @@ SAID = ("attack.run", "dataset.test_limit", "threat_model.max_queries", "attack.
 def _variant(run: Run) -> tuple[str, ...]:
     """What tells an attack from the same one under other conditions."""
     identity = run.identity
-    attack, budget = identity.get("attack"), (identity.get("threat_model") or {}).get("max_queries")
-    valid_only = isinstance(attack, dict) and attack.get("valid_only")
-    words = [f"{whole(budget)} queries" if budget else "no limit", "valid flips" if valid_only else "all flips"]
+    budget = (identity.get("threat_model") or {}).get("max_queries")
+    words = [f"{whole(budget)} queries" if budget else "no limit", "valid flips" if _valid_only(run) else "all flips"]
     settings = flat({key: value for key, value in identity.items() if key not in NO_SETTING})
     return *words, *(f"{key}={value}" for key, value in settings.items() if key not in SAID)
+
+
+def _valid_only(run: Run) -> bool:
+    """Whether the attack looks for flips alone that leave the label right."""
+    attack = run.identity.get("attack")
+    return isinstance(attack, dict) and bool(attack.get("valid_only"))
 
 
 def _names(groups: Mapping[str, Sequence[Run]]) -> dict[str, str]:
@@ -462,7 +545,8 @@ def write(folders: Sequence[Path], out: Path, name: str = "defenses") -> Path:
 
     Args:
         folders: run folders, or folders that hold such at any depth.
-        out: folder for `defenses.md`, `defenses.tex`, `defenses.csv` and `defenses.png`, or what else `name` says.
+        out: folder for `defenses.md`, `defenses.tex`, `defenses.csv`, `defenses-pairs.csv` and `defenses.png`, or what
+            else `name` says.
 
     Returns:
         The path of the page in Markdown.
@@ -474,23 +558,43 @@ def write(folders: Sequence[Path], out: Path, name: str = "defenses") -> Path:
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     write_csv(out / f"{name}.csv", _lines(found))
+    write_csv(out / f"{name}-pairs.csv", _pairs(found))
     (out / f"{name}.tex").write_text(latex(found), encoding="utf-8")
-    drawn = [(grid.name, _drawn(grid)) for grid in found]
-    (out / f"{name}.png").write_bytes(plots.budgets(drawn))
+    (out / f"{name}.png").write_bytes(plots.budgets([_drawn(grid) for grid in found]))
     page = out / f"{name}.md"
     page.write_text(markdown(found), encoding="utf-8")
     return page
 
 
-def _drawn(grid: Grid) -> list[tuple[str, Sequence[Run]]]:
-    """The curves of the first guided removal attack that all were attacked by, one a defence."""
+def _drawn(grid: Grid) -> tuple[str, Sequence[tuple[str, Sequence[Run]]]]:
+    """A title and the curves of a guided removal attack that all were attacked by, one a defence.
+
+    Where the dataset can tell, it is one in search of valid flips, by which defences are judged; of the controls the
+    best one stands for all.
+    """
     guided = [
         name
         for name in grid.attacks
         if all(name in d.attacks and d.attacks[name].runs[0].is_guided for d in grid.defenses)
         and grid.defenses[0].attacks[name].kind == "removal"
     ]
-    return [(d.name, d.attacks[guided[0]].runs) for d in grid.defenses] if guided else []
+    if not guided:
+        return grid.name, []
+    attack = next((name for name in guided if _valid_only(grid.defenses[0].attacks[name].runs[0])), guided[0])
+
+    def gain(control: Defended) -> tuple[float, float]:
+        worst = {metric: estimate["value"] or 0.0 for metric, estimate in grid.worst(control).items()}
+        return worst["robust_to_valid" if control.judged else "robust_accuracy"], -worst["curve_area"]
+
+    best = max((d for d in grid.defenses if d.control), key=gain, default=None)
+    shown = [(_title(d), d.attacks[attack].runs) for d in grid.defenses if not d.control or d is best]
+    return f"{grid.name}, {attack}", shown
+
+
+def _seeds(seeds: Iterable[Any]) -> str:
+    """Some seeds by their names."""
+    told = ", ".join(map(str, seeds))
+    return f"seed{'s'[: ',' in told]} {told or 'none'}"
 
 
 def _points(estimate: Estimate) -> str:
@@ -499,7 +603,7 @@ def _points(estimate: Estimate) -> str:
     return f"{estimate['value']:+.1f} points [{estimate['low']:+.1f}, {estimate['high']:+.1f}]"
 
 
-HEAD = ["defence", "clean accuracy (%)", f"robust accuracy, {WORST} (%)", "to valid flips (%)"]
+HEAD = ["defence", "clean accuracy (%)", "robust to all flips (%)", "robust to valid flips (%)"]
 HEAD += [f"curve area, {WORST} (%)"]
 COST = ["training samples", "attack passes", "seconds"]
 
@@ -529,14 +633,17 @@ def _cells(grid: Grid, defense: Defended) -> list[str]:
 
 
 NOTE = (
-    "By attack: robust accuracy, in brackets the success rate and the mean decoupled (or changed) fraction of the "
-    "flips, all in percent. Worst case: a sample counts as robust if none of the removal attacks flips it, and the "
-    "smallest of their flips goes into the curve. Valid flips are those after which the label is still right, says the "
-    "dataset; where it can tell, a defence is judged by them. p is of the exact sign-flip test over the samples that "
-    "it and a control share (of one seed, McNemar's): the largest over the controls where it is better than all, the "
-    "smallest times their number where it is worse than one; after Holm's correction over the defences of the model. "
-    "Below 0.05 it helped, or did worse. Cost: samples trained on, repeats counted, passes of the "
-    "training's own attack, wall time; means over seeds. Brackets after a figure: 95 % bootstrap interval."
+    "Robust to all flips: of the removal attacks with a column here (those that choose values aside) none "
+    "flips the sample (the worst case); the smallest of their flips goes into the curve. Robust to valid flips: "
+    "likewise, where only flips count after which the label is still right, says the dataset; where it can tell, a "
+    "defence is judged by these. Columns of attacks: robust accuracy, in brackets the success rate and the mean "
+    "decoupled (or changed) fraction of the flips, all in percent. p is of the exact sign-flip test over the samples "
+    "that a defence and a control share (of one seed, McNemar's): the largest over the controls where it is better "
+    "than all, the smallest times their number where it is worse than one; after Holm's correction over the defences "
+    "of the model. A defence helped, or did worse, if p is below 0.05 and if it did in every seed: p tells of other "
+    "samples, and only the seeds of other trainings. Cost: samples trained on, repeats counted, passes of the "
+    "training's own attack, wall time; means over seeds. Brackets after a figure: 95 % interval over samples, by the "
+    "bootstrap; of a rate of 0 or 100 % that of Clopper and Pearson."
 )
 
 
@@ -546,9 +653,9 @@ def table(grid: Grid) -> list[list[str]]:
 
 
 OVERVIEW = (
-    f"What each defence leaves of each model under all removal attacks together: robust accuracy ({WORST}), in "
-    "percent, to valid flips where the dataset can tell, else to all. With a +: it helped beyond every control, beyond "
-    "chance; with a -: it did worse than a control."
+    f"What each defence leaves of each model under the removal attacks that all were attacked by ({WORST}): robust "
+    "accuracy, in percent, to valid flips where the dataset can tell, else to all. With a +: it helped beyond every "
+    "control, beyond chance and in every seed; with a -: it did worse than a control."
 )
 
 
@@ -568,20 +675,20 @@ def overview(found: Sequence[Grid]) -> list[list[str]]:
 
 def markdown(found: Sequence[Grid]) -> str:
     """The grids with the verdicts in Markdown, several with an overview before them."""
-    parts = []
+    parts = [f"{NOTE}\n"]
     if len(found) > 1:
         shown = markdown_table([[escaped(cell) for cell in row] for row in overview(found)])
         parts.append(f"### All models\n\n{shown}\n{OVERVIEW}\n")
     for grid in found:
         shown = markdown_table([[escaped(cell) for cell in row] for row in table(grid)])
-        lines = "".join(f"- {escaped(verdict.line)}\n" for verdict in grid.verdicts)
+        lines = "".join(f"- {escaped(line)}\n" for line in grid.said)
         parts.append(f"### {escaped(grid.name)}\n\n{shown}\n{lines}")
-    return "\n".join([*parts, NOTE, ""])
+    return "\n".join([*parts, ""])
 
 
 def latex(found: Sequence[Grid]) -> str:
     """The same in LaTeX, for a document with the package booktabs."""
-    each = [(grid.name, table(grid), [*(verdict.line for verdict in grid.verdicts), NOTE]) for grid in found]
+    each = [(g.name, table(g), [*g.said, NOTE]) for g in found]
     if len(found) > 1:
         each.insert(0, ("All models", overview(found), [OVERVIEW]))
     tables = []
@@ -594,13 +701,12 @@ def latex(found: Sequence[Grid]) -> str:
 
 
 def _lines(found: Sequence[Grid]) -> list[list[object]]:
-    """Every figure in full, a line a defence and attack, and one for the worst case."""
+    """Every figure in full, a line a defence and attack, and one for each worst case."""
     spans = ("", "_low", "_high")
     head: list[object] = ["dataset", "model", "defense", "control", "attack", "seeds", "samples"]
     head += [metric + span for metric in METRICS for span in spans]
     costs = ["rows", "attack_forwards", "attack_backwards", "seconds"]
-    head += [*costs, "verdict", "larger", "robust_by_seed"]
-    lines = [head]
+    lines = [[*head, *costs, "verdict", "larger", *(f"{metric}_by_seed" for metric in BY_SEED)]]
     for grid in found:
         verdicts = {verdict.defense.name: verdict for verdict in grid.verdicts}
         for defense in grid.defenses:
@@ -608,16 +714,52 @@ def _lines(found: Sequence[Grid]) -> list[list[object]]:
             paid = [cost.get(key, "") for key in costs]
             own: list[object] = [grid.dataset, grid.model, defense.name, defense.control]
             for name, row in defense.attacks.items():
-                summary = row.summary
-                by_seed = {run.about.get("seed"): Row((run,), name).value("robust_accuracy") for run in row.runs}
-                each = json.dumps(by_seed)  # by which attacks of different seeds can be compared
-                lines.append([*own, name, len(row.runs), row.samples, *_numbers(summary), *paid, "", "", each])
-            worst = grid.worst(defense)
-            seeds = defense.seeds(grid.attacks)
-            samples = sum(len(defense.outcomes(seed, grid.attacks)) for seed in seeds)
+                seeds = " ".join(str(run.about.get("seed")) for run in row.runs)
+                each = {run.about.get("seed"): Row((run,), name).value(BY_SEED[0]) for run in row.runs}
+                told = ["", "", json.dumps(each), ""]
+                lines.append([*own, name, seeds, row.samples, *_numbers(row.summary), *paid, *told])
             verdict = verdicts.get(defense.name)
             said = ["", ""] if verdict is None else [verdict.word, verdict.larger]
-            lines.append([*own, WORST, len(seeds), samples, *_numbers(worst), *paid, *said, ""])
+            worst = [(WORST, grid.attacks, defense.seeds(grid.attacks), grid.worst(defense), said)]
+            for more in grid.further:
+                held = [figures for other, figures in more.held if other is defense]
+                named = f"{WORST} with {more.attack}", [*grid.attacks, more.attack]
+                worst += [(*named, list(more.seeds), figures, ["", ""]) for figures in held]
+            for name, attacks, run_on, figures, said in worst:
+                alone = {seed: grid.worst(defense, attacks, [seed]) for seed in run_on}
+                by_seed = [json.dumps({seed: f[metric]["value"] for seed, f in alone.items()}) for metric in BY_SEED]
+                samples = sum(len(defense.outcomes(seed, attacks)) for seed in run_on)
+                seeds = " ".join(map(str, run_on))
+                lines.append([*own, name, seeds, samples, *_numbers(figures), *paid, *said, *by_seed])
+    return lines
+
+
+def _pairs(found: Sequence[Grid]) -> list[list[object]]:
+    """Every difference of a defence to a control in full, a line each.
+
+    p is that of the pair; `verdict` and `verdict_p` are of the defence against all of its controls.
+    """
+    figures = ("robust_to_valid", "robust_accuracy", "curve_area", "curve_area_of_shared_flips")
+    head: list[object] = ["dataset", "model", "defense", "control", "attack", "seeds", "samples"]
+    head += [f"{name}{span}" for name in figures for span in ("", "_low", "_high")]
+    lines = [[*head, "by_seed", "p", "p_larger", "decides", "verdict", "verdict_p"]]
+
+    def line(grid: Grid, pair: tuple[Defended, Defended, Difference], attack: str, *said: object) -> list[object]:
+        defense, control, d = pair
+        own: list[object] = [grid.dataset, grid.model, defense.name, control.name, attack]
+        own += [" ".join(map(str, d.by_seed)), d.samples]
+        for estimate in (d.valid, d.robust, d.area, d.larger):
+            own += ["" if estimate[key] is None else estimate[key] for key in ("value", "low", "high")]
+        return [*own, json.dumps(d.by_seed), d.p, d.p_larger, *said]
+
+    for grid in found:
+        for verdict in grid.verdicts:
+            for control, difference in verdict.against:
+                said = control is verdict.control, verdict.word, verdict.p
+                lines.append(line(grid, (verdict.defense, control, difference), WORST, *said))
+        for more in grid.further:
+            name = f"{WORST} with {more.attack}"
+            lines += [line(grid, pair, name, "", "", "") for pair in more.differences]
     return lines
 
 

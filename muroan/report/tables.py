@@ -78,7 +78,8 @@ DEFINITIONS = {
     "alone; over flipped samples.",
     "modality share": "flipped samples whose removal lies in one modality alone, or in several jointly; over flipped "
     "samples.",
-    "interval": "95 % percentile bootstrap over samples, 1000 resamples, fixed seed.",
+    "interval": "95 % percentile bootstrap over samples, 1000 resamples, fixed seed; of a rate of 0 or 100 %, which is "
+    "the same in every resample, that of Clopper and Pearson.",
 }
 
 STATUSES = {
