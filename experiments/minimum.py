@@ -8,7 +8,6 @@ there stands what it finds with as many questions as brute force had.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,10 +22,13 @@ CAPTION = (
     "{samples} test samples, the usual regions; decoupling with at most {budget} queries, brute force with "
     "at most {asked}. What brute force finds is the smallest flip there is; ours *reaches* it where it is as small. "
     "Where brute force *ran out* the minimum is not known; ours *longer* is our search with {asked} queries and "
-    "no limit to its patience, and beside it *there* is ours on the samples that it was run on."
+    "no limit to its patience. Both means there are over the samples that both *flipped*, where there are at least "
+    "{least}; *longer alone* are those that only the longer search flipped."
 )
-HEADS = ["dataset", "model", "seeds", "attacked", "minimum known", "reached (%)"]
-HEADS += ["smallest flip, mean (%)", "ours, mean (%)", "ran out", "ours there, mean (%)", "ours longer, mean (%)"]
+HEADS = ["dataset", "model", "seed numbers", "attacked", "minimum known", "reached (%)"]
+HEADS += ["smallest flip, mean (%)", "ours, mean (%)", "ran out", "flipped", "longer alone"]
+HEADS += ["ours there, mean (%)", "ours longer, mean (%)"]
+LEAST = 5  # samples that a mean is told of
 
 
 def records(cell: Cell) -> dict[str, AttackResult]:
@@ -34,7 +36,7 @@ def records(cell: Cell) -> dict[str, AttackResult]:
 
 
 def mean(values: Sequence[float]) -> float | None:
-    return None if not values or math.isnan(values[0]) else sum(values) / len(values)
+    return sum(values) / len(values) if values else None
 
 
 def compared(ours: Sequence[Cell], brute: Sequence[Cell], longer: Sequence[Cell]) -> list[float | None]:
@@ -43,20 +45,22 @@ def compared(ours: Sequence[Cell], brute: Sequence[Cell], longer: Sequence[Cell]
     found = [(a[key], b[key], c.get(key)) for a, b, c in every for key in a if key in b]
     known = [(a.decoupled_fraction, b.decoupled_fraction) for a, b, _ in found if b.flipped and a.flipped]
     beyond = [(a, c) for a, b, c in found if not b.flipped]
-    both = [(a.decoupled_fraction, c.decoupled_fraction) for a, c in beyond if a.flipped and c and c.flipped]
-    if not both:  # no longer search
-        both = [(a.decoupled_fraction, math.nan) for a, _ in beyond if a.flipped]
+    searched = [(a, c) for a, c in beyond if c is not None]
+    both = [(a.decoupled_fraction, c.decoupled_fraction) for a, c in searched if a.flipped and c.flipped]
     minimum = len(found) - len(beyond)
     reached = [100.0 * (a <= b + 1e-9) for a, b in known] + [0.0] * (minimum - len(known))  # not flipped at all
-    sizes = [mean([b for _, b in known]), mean([a for a, _ in known])]
+    told = both if len(both) >= LEAST else []
     return [
         len(found),
         minimum,
         mean(reached),
-        *sizes,
+        mean([b for _, b in known]),
+        mean([a for a, _ in known]),
         len(beyond),
-        mean([a for a, _ in both]),
-        mean([c for _, c in both]),
+        len(both),
+        sum(c.flipped and not a.flipped for a, c in searched),
+        mean([a for a, _ in told]),
+        mean([c for _, c in told]),
     ]
 
 
@@ -86,9 +90,10 @@ def main() -> None:
     write_csv(out / "minimum.csv", [HEADS, *rows])
     lines = []
     for row in rows:
-        sizes = [figure(size, "fraction") for size in (*row[6:8], *row[9:])]
-        lines.append([*map(str, row[:5]), figure(row[5], "rate"), *sizes[:2], str(row[8]), *sizes[2:]])
-    caption = CAPTION.format(samples=sweep.samples, budget=sweep.budget, asked=sweep.chosen["asked"])
+        sizes = [figure(size, "fraction") for size in (*row[6:8], *row[11:])]
+        lines.append([*map(str, row[:5]), figure(row[5], "rate"), *sizes[:2], *map(str, row[8:11]), *sizes[2:]])
+    asked = sweep.chosen["asked"]
+    caption = CAPTION.format(samples=sweep.samples, budget=sweep.budget, asked=asked, least=LEAST)
     page = out / "minimum.md"
     page.write_text(f"{caption}\n\n{markdown_table([HEADS, *lines], texts=3)}\n{missing}")
     sweep.finish(page)

@@ -22,6 +22,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from sweep import OUT
 
 from muroan.report.cells import METRICS
+from muroan.report.significance import probability
 from muroan.report.tables import NOTHING, figure
 
 DOCS = Path(next((word.partition("=")[2] for word in sys.argv[1:] if word.startswith("docs=")), "docs"))
@@ -111,6 +112,9 @@ def rows(name: str, file: str = "", **where: str) -> list[dict[str, Any]]:
         row.setdefault("group", f"{row['dataset']} · {row.get('model')}")
         row["heading"] = row["group"].rpartition(", ")[2]
         row["spread"] = row.get("curve_area_max", 0) - row.get("curve_area_min", 0)
+        if "robust_to_valid" in row and "rows" in row:
+            row["passes"] = (row["attack_forwards"] + row["attack_backwards"]) / row["rows"]  # of a sample's training
+            row["half"] = row["robust_to_valid"] < row["clean_accuracy"] / 2
     return [row for row in found if all(row.get(key) == value for key, value in where.items())]
 
 
@@ -125,13 +129,6 @@ def told(value: float, metric: str) -> str:
     """A figure as the tables write it."""
     unit = METRICS[metric].unit if metric in METRICS else "rate"
     return NOTHING if math.isnan(value) else figure(value, unit)
-
-
-def shared(row: dict[str, Any], other: dict[str, Any]) -> float:
-    """Robust accuracy of a row of the defences' table over the seeds that another row has, too."""
-    own, wanted = json.loads(row["robust_by_seed"]), json.loads(other["robust_by_seed"])
-    values = [value for seed, value in own.items() if seed in wanted]
-    return sum(values) / len(values) if values else math.nan
 
 
 def span(found: list[dict[str, Any]], metric: str) -> str:
@@ -155,7 +152,7 @@ def main() -> None:
         "rows": rows,
         "told": told,
         "span": span,
-        "shared": shared,
+        "probability": probability,
         "terms": terms,
         "torch": torch,
     }

@@ -196,7 +196,7 @@ class Sweep:
             if cell.run is None:
                 continue
             self.torch.add(str((cell.run.about.get("versions") or {}).get("torch")).partition("+")[0])
-            trained, weights = _trained(cell).name, cell.run.target[2][:12]
+            trained, weights = trained_in(cell).name, cell.run.target[2][:12]
             if self.weights.setdefault(trained, weights) != weights:
                 sys.exit(
                     f"{cell.folder} is of other weights ({weights}) than the table's other runs of {trained} "
@@ -228,7 +228,7 @@ class Sweep:
         print(f"\n{page.read_text(encoding='utf-8')}\n{page}")
 
 
-def _trained(cell: Cell) -> Path:
+def trained_in(cell: Cell) -> Path:
     """The folder that the model of a cell was trained in; of one that came trained, its name."""
     assert cell.run is not None
     path = (cell.run.about.get("checkpoint") or {}).get("path")
@@ -238,7 +238,7 @@ def _trained(cell: Cell) -> Path:
 def _check_weights(cell: Cell) -> None:
     """Refuse to go on beside a finished cell whose model was trained again since, to other weights."""
     assert cell.run is not None
-    file = _trained(cell) / "summary.json"
+    file = trained_in(cell) / "summary.json"
     if file.exists() and (weights := json.loads(file.read_text())["weights"]) != cell.run.target[2]:
         sys.exit(
             f"{file.parent} was trained again, to other weights ({weights[:12]}) than those of {cell.folder} "

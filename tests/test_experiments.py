@@ -185,14 +185,21 @@ class TestCells:
     def test_beside_brute_force_by_hand(self, tmp_path, monkeypatch):
         monkeypatch.syspath_prepend(str(ROOT / "experiments"))
         compared = runpy.run_path(str(ROOT / "experiments/minimum.py"))["compared"]
-        ours = write_cell(tmp_path, [[(20, 2)], [(50, 1)], [], None, [(7, 5)]], "a")
-        brute = write_cell(tmp_path, [[(3, 1)], [(5, 1)], [(9, 4)], None, []], "b")
-        longer = write_cell(tmp_path, [[(9, 1)], [(9, 1)], [(9, 4)], None, [(99, 3)]], "c")
-        # Of three known minima one is reached, one missed, one not flipped at all; brute force ran out on the last.
-        assert compared([ours], [brute], [longer]) == [4, 3, pytest.approx(100 / 3), 1.0, 1.5, 1, 5.0, 3.0]
+        ours = write_cell(
+            tmp_path, [[(20, 2)], [(50, 1)], [], None, [(7, 5)], *[[(7, n)] for n in (6, 7, 8, 9)], []], "a"
+        )
+        brute = write_cell(tmp_path, [[(3, 1)], [(5, 1)], [(9, 4)], None, *[[] for _ in range(6)]], "b")
+        more = [[(99, n)] for n in (3, 6, 6, 8, 7)]
+        longer = write_cell(tmp_path, [[(9, 1)], [(9, 1)], [(9, 4)], None, *more, [(99, 90)]], "c")
+        # Of three known minima one is reached, one missed, one not flipped at all. Brute force ran out on the last six:
+        # five are flipped by both, one by the longer search alone, which is no part of the means.
+        known = [9, 3, pytest.approx(100 / 3), 1.0, 1.5]
+        assert compared([ours], [brute], [longer]) == [*known, 6, 5, 1, 7.0, 6.0]
+        few = write_cell(tmp_path, [[(9, 1)], [(9, 1)], [(9, 4)], None, *more[:4], []], "d")
+        assert compared([ours], [brute], [few]) == [*known, 6, 4, 0, None, None], "four samples have no mean"
         none = absent(tmp_path, "b", 1)
-        assert compared([ours], [brute], [none])[-3:] == [1, 5.0, None]
-        assert compared([ours], [none], [longer]) == [0, 0, None, None, None, 0, None, None]
+        assert compared([ours], [brute], [none]) == [*known, 6, 0, 0, None, None]
+        assert compared([ours], [none], [longer]) == [0, 0, None, None, None, 0, 0, 0, None, None]
 
     def test_a_table_of_nothing_says_so(self, tmp_path):
         table = Table("t", "", [METRICS["queries"]], [Entry("g", "a", (absent(tmp_path, "a", 2),))])

@@ -23,6 +23,8 @@ class EmbeddingAdversarialTraining(Defense):
     plus adversarial plus agreement of the two, is VILLA's (Gan et al. 2020, arXiv 2006.06195). Both perturb the first
     embeddings, whose norm is known; the features of any encoder have none, so that radius and step are given in shares
     of each sample's own. VILLA perturbs one modality at a time; here all move together, as what is attacked is fused.
+    Features of padding, of which an encoder need not say where they are, count in that norm and have a part of the
+    random start, but no gradient; FreeLB leaves them out, so that the ball is somewhat larger here for short texts.
 
     Args:
         epsilon: radius of the ball, a modality, as a share of the Euclidean norm of the sample's features.
