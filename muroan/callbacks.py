@@ -145,8 +145,14 @@ class RecordingCallback(pl.Callback):
         self._folder.close()
 
     def finish(self, trainer: pl.Trainer, **told: Any) -> None:
-        """Merge the records of all processes, when all have closed their folders."""
+        """Merge the records of all processes, when all have closed their folders.
+
+        Raises:
+            MuroanError: there are none, since no sample could be read.
+        """
         trainer.strategy.barrier("all records are written")
+        if not self._folder.records() and (why := next(iter(self._folder.unreadable().values()), "")):
+            raise MuroanError(f"no test sample could be read, of {self.total}; the first: {why}")
         if trainer.is_global_zero:
             self.records = self._folder.finish(**told)
         trainer.strategy.barrier("records are merged")

@@ -166,9 +166,12 @@ class Record(Protocol):
     """What a run folder keeps, a line of JSON each.
 
     Attributes:
+        id: of the sample.
         key: of two records with the same one, the first counts.
         order: what they are sorted by.
     """
+
+    id: str
 
     @property
     def key(self) -> tuple[Any, ...]: ...
@@ -249,7 +252,7 @@ class RecordFolder(ABC, Generic[R]):
             file.unlink(missing_ok=True)
 
     def start(self, run: Mapping[str, Any]) -> None:
-        """Claim the folder for a run; call in one process.
+        """Claim the folder for a run, one that goes on if it was finished; call in one process.
 
         Args:
             run: plain JSON with at least `identity`, all that decides what the records say.
@@ -264,6 +267,8 @@ class RecordFolder(ABC, Generic[R]):
                 f"{self.path} holds records of another configuration ({differing}): "
                 f"choose another folder with out=..., or start anew with rerun=true"
             )
+        if self.finished:
+            self.records_file.replace(self.path / f"{self.stem}.part-before.jsonl")
         write_json(self.path / "run.json", {**run, "fingerprint": fingerprint(run["identity"])})
 
     def records(self) -> list[R]:
@@ -307,6 +312,14 @@ class RecordFolder(ABC, Generic[R]):
             with _open_part(self.path / f"unreadable.part-{self.rank}.jsonl") as file:
                 file.writelines(json.dumps(entry) + "\n" for entry in bad)
 
+    def unreadable(self) -> dict[str, str]:
+        """Why samples could not be read, by their ids: of a finished run, or of one under way."""
+        parts = sorted(self.path.glob("unreadable.part-*.jsonl"))
+        if not parts:
+            return dict(self.run.get("unreadable") or []) if (self.path / "run.json").exists() else {}
+        # What follows the last newline of a part is empty or cut short.
+        return dict(json.loads(line) for part in parts for line in part.read_text().split("\n")[:-1])
+
     def close(self) -> None:
         """Stop appending; `finish` comes later, in one process, when all have closed."""
         if self._part is not None:
@@ -316,16 +329,12 @@ class RecordFolder(ABC, Generic[R]):
     def finish(self, **more: Any) -> list[R]:
         """Sort the parts of all processes into one file and return the records; `run.json` gets `more`."""
         self.close()
-        unreadable = dict(
-            json.loads(line)
-            for part in sorted(self.path.glob("unreadable.part-*.jsonl"))
-            for line in part.read_text().split("\n")[:-1]  # as in `read_records`
-        )
-        if unreadable:
+        records = self.records()
+        read = {record.id for record in records}  # some perhaps at a second try, after an interruption
+        if unreadable := {id: why for id, why in self.unreadable().items() if id not in read}:
             more["unreadable"] = sorted(unreadable.items())
         if more:
             write_json(self.path / "run.json", {**self.run, **more})
-        records = self.records()
         write_records(self.records_file, records)
         for part in self.path.glob("*.part-*.jsonl"):
             part.unlink()

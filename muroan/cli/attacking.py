@@ -48,7 +48,7 @@ def attack(config: DictConfig) -> None:
         model = SmoothedModel(model, **ablation_options(config), votes=config.certification.votes, seed=config.seed)
     if config.rerun:
         folder.clear()
-    if folder.finished and folder.matches(run):
+    if done(folder, run, bool(config.dataset.get("skip_bad"))):
         log.info("already finished: %s (rerun=true runs it again)", folder.path)
         if not (folder.path / "summary.json").exists():  # the run was cut off while it summed up
             logger = tracker(config)
@@ -73,6 +73,20 @@ def attack(config: DictConfig) -> None:
     trainer.test(MultimodalModule(model), data, verbose=False)
     if trainer.is_global_zero:
         finish_attack(folder, callback.records, data.classes, logger)
+
+
+def done(folder: RunFolder | CertificateFolder, run: Mapping[str, Any], skip_bad: bool) -> bool:
+    """Whether a folder holds this run in full. One that left unreadable samples out goes on without `skip_bad`."""
+    if not folder.finished or not folder.matches(run):
+        return False
+    if unreadable := folder.unreadable():
+        log.warning(
+            "%s left %d samples out that could not be read%s",
+            folder.path,
+            len(unreadable),
+            " (dataset.skip_bad=false tries them again)" if skip_bad else ": trying them again",
+        )
+    return skip_bad or not unreadable
 
 
 def about(config: DictConfig, command: str, model: Any, checkpoint: Path | None) -> dict[str, Any]:
@@ -136,19 +150,20 @@ def finish_attack(folder: RunFolder, records: Sequence[AttackResult], classes: S
     summary = summarise(records, judged=folder.run.get("judged"))
     log_attack(logger, folder, records, classes, summary)
     write_json(folder.path / "summary.json", summary)  # last: it says that all is done
-    log.info("%s", headline(summary, len(records)))
+    log.info("%s", headline(summary, len(records), len(folder.unreadable())))
     log.info("records: %s", folder.records_file)
 
 
-def headline(summary: Mapping[str, Mapping[str, float | None]], samples: int) -> str:
+def headline(summary: Mapping[str, Mapping[str, float | None]], samples: int, unreadable: int = 0) -> str:
     def show(name: str, digits: int = 1) -> str:
         figure = summary[name]
         if figure["value"] is None:
             return "-"
         return f"{figure['value']:.{digits}f} [{figure['low']:.{digits}f}, {figure['high']:.{digits}f}]"
 
+    left_out = f" ({unreadable} more could not be read)" if unreadable else ""
     return (
-        f"{samples} samples, 95 % intervals: clean accuracy {show('clean_accuracy')} %, "
+        f"{samples} samples{left_out}, 95 % intervals: clean accuracy {show('clean_accuracy')} %, "
         f"robust accuracy {show('robust_accuracy')} %, success rate {show('attack_success_rate')} %, "
         f"decoupled fraction mean {show('decoupled_fraction_mean', 2)} % "
         f"median {show('decoupled_fraction_median', 2)} %, queries {show('queries')}"
@@ -169,7 +184,7 @@ def certify(config: DictConfig) -> None:
     run = about(config, "certify", model, load_trained(config, model))
     if config.rerun:
         folder.clear()
-    if folder.finished and folder.matches(run):
+    if done(folder, run, bool(config.dataset.get("skip_bad"))):
         log.info("already certified: %s (rerun=true certifies again)", folder.path)
         cut_off = not (folder.path / "summary.json").exists()
         logger = tracker(config) if config.certification.attacked or cut_off else False  # else there is nothing new
@@ -200,9 +215,11 @@ def finish_certify(config: DictConfig, folder: CertificateFolder, logger: Any) -
 
     certificates = folder.records()
     summary = summarise(certificates)
+    unreadable = len(folder.unreadable())
     log.info(
-        "%d samples, certified accuracy %.1f %%, abstained on %d",
+        "%d samples%s, certified accuracy %.1f %%, abstained on %d",
         summary["samples"],
+        f" ({unreadable} more could not be read)" if unreadable else "",
         summary["accuracy"],
         summary["abstained"],
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,7 @@ def already_trained(config: DictConfig, command: str) -> bool:
     """Whether the folder holds this training, done; else it is claimed for it.
 
     Raises:
-        MuroanError: the folder holds another training.
+        MuroanError: the folder holds another training, or one that left samples out where none shall be.
     """
     from muroan.results import write_json
 
@@ -156,12 +157,26 @@ def already_trained(config: DictConfig, command: str) -> bool:
             f"rerun=true"
         )
     if (out / "summary.json").exists() and (out / "best.ckpt").exists():
+        left_out = left_out_of(json.loads((out / "summary.json").read_text()))
+        if left_out and not config.dataset.get("skip_bad"):
+            raise MuroanError(
+                f"{out} holds a training without samples that could not be read ({left_out}): start anew with "
+                f"rerun=true, or take it as it is with dataset.skip_bad=true"
+            )
+        if left_out:
+            log.warning("trained without samples that could not be read: %s", left_out)
         log.info("already trained: %s (rerun=true trains again)", out / "best.ckpt")
         return True
     out.mkdir(parents=True, exist_ok=True)
     (out / "summary.json").unlink(missing_ok=True)  # of a model whose weights are gone
     write_json(out / "identity.json", identity(config, command))
     return False
+
+
+def left_out_of(summary: Mapping[str, Any]) -> str:
+    """How many samples a training could not read, as text; empty where it read all."""
+    counts = summary.get("unreadable") or {}
+    return ", ".join(f"{count} of {split}" for split, count in counts.items() if count)
 
 
 def fit(
@@ -183,6 +198,7 @@ def fit(
         start: the checkpoint whose weights the model has been given.
     """
     import pytorch_lightning as pl
+    import torch
     from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 
     from muroan.defenses.base import Defense
@@ -211,6 +227,8 @@ def fit(
     cost = module.total_cost() if isinstance(module, Defense) else None
     load_weights(module.model, out / "best.ckpt")
     (metrics,) = trainer.test(module, data, verbose=False)
+    left_out = torch.tensor([len(found) for found in module.unreadable.values()], device=module.device)
+    counts = trainer.strategy.reduce(left_out, reduce_op="sum").tolist()  # type: ignore[union-attr]
     if not trainer.is_global_zero:
         return
     best = float(keep.best_model_score)  # type: ignore[arg-type]
@@ -220,6 +238,9 @@ def fit(
         "weights": weights_hash(module.model),
         "versions": versions(),
     }
+    if any(counts):
+        summary["unreadable"] = dict(zip(module.unreadable, counts, strict=True))
+        log.warning("samples that could not be read were left out: %s", left_out_of(summary))
     if cost is not None:
         summary["accuracy"] = {"test": metrics["test/accuracy"]}
         summary["control"] = module.control

@@ -28,6 +28,12 @@ class MultimodalModule(pl.LightningModule):
         warmup: share of the steps in which the learning rate rises.
 
     Logs `train/loss`, `val/loss`, `val/accuracy` and `test/accuracy` (percent).
+
+    Attributes:
+        unreadable: of each split, why samples of this process were left out, by their ids.
+
+    Raises:
+        MuroanError: at the end of an epoch, no sample of a split could be read.
     """
 
     def __init__(self, model: MultimodalModel, lr: float = 1e-3, weight_decay: float = 0.01, warmup: float = 0.3):
@@ -35,6 +41,8 @@ class MultimodalModule(pl.LightningModule):
         self.model = model
         self.lr, self.weight_decay, self.warmup = lr, weight_decay, warmup
         self.accuracy = MeanMetric()
+        self.unreadable: dict[str, dict[str, str]] = {"train": {}, "val": {}, "test": {}}
+        self._read = dict.fromkeys(self.unreadable, 0)
 
     def on_fit_start(self) -> None:
         # Pretrained models come in evaluation mode, and Lightning leaves modes as they are. Where some parts are in one
@@ -78,6 +86,35 @@ class MultimodalModule(pl.LightningModule):
         if split == "val":
             loss = F.cross_entropy(logits, batch.labels)
             self.log("val/loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        self._count(batch, "train")
+
+    def on_validation_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._count(batch, "val")
+
+    def on_test_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._count(batch, "test")
+
+    def on_train_epoch_end(self) -> None:
+        self._check_read("train")
+
+    def on_validation_epoch_end(self) -> None:
+        self._check_read("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._check_read("test")
+
+    def _count(self, batch: Batch, split: str) -> None:
+        self._read[split] += len(batch)
+        self.unreadable[split].update(batch.bad)
+
+    def _check_read(self, split: str) -> None:
+        counts = torch.tensor([self._read[split], len(self.unreadable[split])], device=self.device)
+        read, left_out = self.trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        if left_out and not read:
+            why = next(iter(self.unreadable[split].values()), "on another process")
+            raise MuroanError(f"no sample of {split} could be read, of {left_out}; the first: {why}")
 
     def configure_optimizers(self) -> Any:
         decayed = [p for p in self.model.parameters() if p.requires_grad and p.ndim > 1]
