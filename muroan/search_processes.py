@@ -126,7 +126,7 @@ class SearchProcesses:
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
         for _ in range(count):
             ours, theirs = context.Pipe()
-            given = theirs, attack, dict(modalities), threat_model, still_valid
+            given = theirs, attack, dict(modalities), threat_model, still_valid, os.getpid()
             process = context.Process(target=_serve, args=given, daemon=True)  # type: ignore[attr-defined]
             with _held_back():
                 process.start()
@@ -221,8 +221,9 @@ def _serve(
     modalities: Mapping[str, Modality],
     threat_model: ThreatModel,
     still_valid: StillValid | None,
+    parent: int,
 ) -> None:
-    """The life of a search process."""
+    """The life of a search process. It ends with that of its parent, even where that was over before."""
     for number in TO_ALL:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -230,7 +231,7 @@ def _serve(
         signal.pthread_sigmask(signal.SIG_UNBLOCK, TO_ALL)
     gc.freeze()  # what came with a fork, tensors of a GPU among it, is not to be touched
     torch.set_num_threads(1)
-    parent, messages = os.getppid(), SimpleQueue[bytes]()
+    messages = SimpleQueue[bytes]()
 
     def listen() -> None:
         # All the time: were nobody reading at either end while both write, both would wait for ever.

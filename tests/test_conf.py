@@ -130,7 +130,8 @@ def test_counts_are_whole_numbers(group: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [name for group, name in CHOICES if group == "tracker"])
-def test_trackers(name: str, tmp_path: Path) -> None:
+def test_trackers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))  # which it would set for the tests to come
     tracker = parts.tracker(job(f"tracker={name}", f"out={tmp_path}"))
     assert tracker is False if name == "none" else isinstance(tracker, pl.loggers.Logger)
 

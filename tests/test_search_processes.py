@@ -417,6 +417,21 @@ def test_no_process_outlives_an_engine_that_is_killed(monkeypatch):
         time.sleep(0.1)
 
 
+def test_a_process_whose_engine_was_gone_before_it_began_ends(monkeypatch):
+    """It holds both ends of its pipe, as forks do, and would wait for ever."""
+    monkeypatch.setattr(search_processes, "ORPHANED", 0.2)
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    gone = context.Process(target=int)
+    gone.start()
+    gone.join()
+    late = context.Process(target=search_processes._serve, args=(theirs, Decoupling(), {}, threat(9), None, gone.pid))
+    late.start()
+    late.join(20)
+    assert late.exitcode == 1
+    ours.close()
+
+
 def running(pid: int) -> bool:
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
