@@ -18,6 +18,7 @@ from oracle import Oracle, OracleResult, children, coordinates
 
 import muroan
 from muroan.attacks.base import ThreatModel
+from muroan.attacks.decoupling import Decoupling
 from muroan.attacks.decoupling_reference import DecouplingReference
 from muroan.data.digit_sum import DigitSum
 from muroan.data.easy_vqa import EasyVQA
@@ -273,6 +274,18 @@ def test_single_precision_mismatch_is_rare(prepared: Case, record_property):
     record_property("mismatch_float32", rate)
     print(f"float32, engine at batch 64 against oracle: {100 * rate:.2f} % of samples differ")
     assert rate <= 0.1
+
+
+def test_our_search_does_not_hang_on_the_batch_size(prepared: Case):
+    """Nor on the last bits that come with it: what it weighs is often equal, and ties go by place."""
+    few, many = (
+        muroan.evaluate(
+            prepared.model, prepared.samples, Decoupling(), threat_model=ThreatModel(max_queries=120), batch_size=size
+        )
+        for size in (1, 64)
+    )
+    assert not [a.id for a, b in zip(few, many, strict=True) if a.to_json() != b.to_json()]
+    assert any(record.queries > 60 for record in few)
 
 
 @pytest.mark.slow

@@ -40,6 +40,7 @@ AGAIN = 0.9  # a large flip that has become smaller than this share of what it w
 NEAR = 300  # known removals of which the linear model around a large flip is made
 NOISE = 0.3  # what it leaves unexplained, as a share of what effects in company vary by
 TEMPER = 0.2  # deviations of its draws from the mean, in those that it believes in
+DIGITS = 2.0**17  # to so many steps are distances told apart
 
 
 class Decoupling(Attack):
@@ -807,9 +808,13 @@ class Hunt:
 
 
 def between(a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """(n, m) the summed weights (A,) of the atoms in which sets a (n, A) and b (m, A) differ."""
+    """(n, m) the summed weights (A,) of the atoms in which sets a (n, A) and b (m, A) differ, to some five digits.
+
+    Many are equal but for their last bits, which come with the model's batch size: these are not to say which is least.
+    """
     weighted, b = a * weight, b.astype(float)
-    return np.maximum(weighted.sum(1)[:, None] + b @ weight - 2 * weighted @ b.T, 0)
+    share, power = np.frexp(np.maximum(weighted.sum(1)[:, None] + b @ weight - 2 * weighted @ b.T, 0))
+    return np.ldexp(np.rint(share * DIGITS), power) / DIGITS
 
 
 def highest(values: np.ndarray, most: int) -> np.ndarray:
