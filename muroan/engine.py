@@ -281,7 +281,7 @@ class QueryEngine:
         self.statistics = EngineStatistics(encoded=dict.fromkeys(model.modalities, 0))
         self.ahead = int(self.device.type == "cuda") if ahead is None else ahead
         check_whole("engine", 0, ahead=self.ahead)
-        check_whole("engine", 0, search_processes=search_processes)
+        check_whole("engine", 0, search_processes=search_processes, keep_media=keep_media)
         self.search_processes, self._apart = search_processes, search_processes > 0 and attack.apart
         slots = batch_size * (1 + self.ahead + self._apart)  # while some are answered, others think
         self._store = DeviceStore(model, self.threat_model, slots, self.device)

@@ -90,9 +90,12 @@ def columns(results: Sequence[AttackResult], judged: bool | None = None) -> dict
         table[f"modality_share_{name}"] = (100 * alone, "rate")
     joint = column(lambda r: sum(count > 0 for count in r.removed.values()) > 1, flipped)
     table["modality_share_joint"] = (100 * joint, "rate")
-    table["interaction"] = (100 * column(lambda r: r.interaction is True, flipped), "rate")
-    audited = column(lambda r: r.one_minimal is True, lambda r: r.flipped and r.one_minimal is not None)
-    table["one_minimal"] = (100 * audited, "rate")
+
+    def audited(r: AttackResult) -> bool:
+        return r.flipped and r.one_minimal is not None
+
+    table["interaction"] = (100 * column(lambda r: r.interaction is True, audited), "rate")
+    table["one_minimal"] = (100 * column(lambda r: r.one_minimal is True, audited), "rate")
     table["proven"] = (100 * column(lambda r: r.proven, lambda r: r.flipped and r.proven is not None), "rate")
     judged = any(r.still_valid is not None for r in results) if judged is None else judged
     # A dataset can tell of removals alone.

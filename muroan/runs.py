@@ -184,7 +184,7 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
     for folder in map(Path, folders):
         below = [file.parent.resolve() for file in folder.rglob("run.json")] if folder.is_dir() else []
         # A folder of certificates is only looked at, and refused, when it is named itself.
-        below = [path for path in below if path == folder.resolve() or not any(path.glob("certificates*"))]
+        below = [path for path in below if path == folder.resolve() or not _certifies(path)]
         if not below:
             missing = "has no run.json in it or below it" if folder.is_dir() else "is not a folder"
             raise MuroanError(f"{folder} {missing}: name a folder that `muroan attack` wrote, or one that holds such")
@@ -197,6 +197,12 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
     runs = [run for run in runs if run.records or run.finished] or runs
     runs.sort(key=lambda run: (run.target, run.is_control, run.attack, run.folder))
     return _label(runs)
+
+
+def _certifies(path: Path) -> bool:
+    """Whether a folder is that of a certification, perhaps one that has no certificate yet."""
+    about = RunFolder(path).run
+    return "attack" not in about and "certification" in (about.get("identity") or {})
 
 
 def _read(path: Path, name: str) -> Run:

@@ -115,6 +115,13 @@ def test_a_checkpoint_of_another_model_is_refused(trained: Path, tmp_path: Path)
             "threat_model.min_side.image=abc",
             "threat_model.min_side.image must be a whole number, at least 1, got 'abc'",
         ),
+        (
+            "threat_model.replacement=blur",
+            "threat_model.replacement goes by modality, got 'blur' for all: threat_model.replacement.image=blur, and "
+            "so on for image, text",
+        ),
+        ("threat_model.min_side=5", "threat_model.min_side goes by modality, got 5 for all"),
+        ("engine.keep_media=null", "engine.keep_media must be a whole number, at least 0, got None"),
         ("engine.batch_size=abc", "engine.batch_size must be a whole number, at least 1, got 'abc'"),
         ("engine.search_processes=-1", "engine.search_processes must be a whole number, at least 0, got -1"),
         ("dataset.num_workers=-1", "dataset.num_workers must be a whole number, 0 or more, got -1"),

@@ -480,9 +480,9 @@ class TestWarning:
 
     def test_certificates_below_are_passed_over(self, tmp_path):
         write_run(tmp_path / "attack/a", "guided", GUIDED)
-        (tmp_path / "certify/b").mkdir(parents=True)
-        (tmp_path / "certify/b/run.json").write_text('{"identity": {}, "model": "m", "dataset": "d"}')
-        (tmp_path / "certify/b/certificates.part-0.jsonl").touch()
+        (tmp_path / "certify/b").mkdir(parents=True)  # one that was killed before its first certificate
+        told = '{"identity": {"certification": {"samples": 9}}, "model": "m", "dataset": "d"}'
+        (tmp_path / "certify/b/run.json").write_text(told)
         assert [run.attack for run in find_runs([tmp_path])] == ["guided"]
         with pytest.raises(MuroanError, match="it is not of an attack run"):
             find_runs([tmp_path / "certify/b"])

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,6 +53,13 @@ class Toy(MultimodalData):
 
     def augment(self, modality, raw, rng):
         return f"{raw} {rng.integers(10**9)}" if modality == "text" else raw
+
+
+class Numbered(Toy):
+    """The same, with every picture's questions numbered from 0 again: an easy mistake."""
+
+    def load(self, split):
+        return [replace(example, id=example.id.split("-")[1]) for example in super().load(split)]
 
 
 @pytest.fixture(scope="module")
@@ -281,6 +289,10 @@ def test_the_model_says_how_inputs_are_prepared():
         (lambda: Toy(batch_size=0), "dataset.batch_size must be a positive whole number, got 0"),
         (lambda: Toy(test_limit=0), "dataset.test_limit must be a positive whole number, got 0"),
         (lambda: Toy(questions=()).prepared("test"), "the test split of toy has no examples"),
+        (
+            lambda: Numbered(questions=(2, 2)).prepared("test"),
+            "the test split of toy has 2 ids of more than one sample, such as '0' (2 samples): records go by ids",
+        ),
         (lambda: Toy().prepare_for({"audio": Audio(8, 8)}), "the model takes audio, but dataset toy has image, text"),
     ],
 )
@@ -654,6 +666,13 @@ def test_missing_manifests(memes):
 )
 def test_bad_manifest_options_are_named(memes, options, expected):
     assert expected in message(lambda: hateful(memes, **options))
+
+
+@pytest.mark.parametrize("option", ["train_size", "val_size", "test_size", "audio_length"])
+@pytest.mark.parametrize("value", [1e3, 0, -1])
+def test_sizes_of_digit_sum_are_counts(option, value):
+    expected = f"dataset.{option} must be a whole number, at least 1, got {value!r}"
+    assert expected in message(lambda: DigitSum(root="anywhere", **{option: value}))
 
 
 def test_a_number_is_a_square_and_a_grey(memes):

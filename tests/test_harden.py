@@ -18,7 +18,8 @@ from test_compare import rows_of
 
 from muroan import cli
 from muroan.cli.parts import other_hardening
-from muroan.cli.training import already_trained
+from muroan.cli.training import already_trained, begin_from
+from muroan.errors import MuroanError
 from muroan.results import read_records
 
 HARDEN = (
@@ -61,6 +62,7 @@ def test_the_summary_tells_what_it_took(hardened: Path) -> None:
     assert trained["cost"]["seconds"] > 0
     assert trained["best"]["monitor"] == "val/robust_accuracy"
     assert trained["start"].endswith("best.ckpt")
+    assert trained["start_weights"] == plain["start_weights"] != plain["weights"]
     assert plain["weights"] != trained["weights"]
     assert (hardened / "models/adversarial_training/best.ckpt").exists()
 
@@ -115,6 +117,10 @@ def test_a_finished_one_is_not_hardened_again(hardened: Path, place: tuple[Path,
         ("harden", ("defense=modality_dropout", "defense.ratio=null"), "defense.ratio must be a number .*, got None"),
         ("harden", ("defense=plain_training", "+defense.shares=2"), "plain_training cannot be made: .*'shares'"),
         ("harden", ("defense=plain_training", "hardening.start=else"), "hardening.start must be trained, scratch or a"),
+        ("harden", ("defense=plain_training", "hardening.start=null"), "hardening.start must be .*, got None"),
+        ("train", ("model.encoders.image.grid=2",), "the grid of ConvTokens must be two whole .*, got 2"),
+        ("train", ("dataset.val_pictures=1e2",), "dataset.val_pictures must be a whole number, .*, got 100.0"),
+        ("report", ("runs=null",), r"runs must name folders of runs, such as runs=\[outputs/attack\], got None"),
         (
             "harden",
             ("defense=plain_training", "checkpoint=x.ckpt"),
@@ -196,6 +202,38 @@ def test_a_summary_without_its_weights_is_no_training(tmp_path, monkeypatch):
     assert not already_trained(config, "train")
     (tmp_path / "summary.json").write_text(json.dumps({"identity": {"seed": 0}}))
     assert already_trained(config, "train")
+
+
+def test_a_hardening_of_a_model_that_was_trained_again_is_not_taken_for_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("muroan.cli.training.identity", lambda config, command: {"seed": 0})
+    start, out = tmp_path / "base/best.ckpt", tmp_path / "hardened"
+    config = OmegaConf.create({"out": str(out), "rerun": False})
+    assert not already_trained(config, "harden")
+    begin_from(config, start, "a" * 64)
+    begin_from(config, start, "b" * 64)  # nothing was trained yet
+    (out / "last.ckpt").touch()
+    assert not already_trained(config, "harden"), "it goes on"
+    begin_from(config, start, "b" * 64)
+    other = (
+        r"hardened holds a hardening that began from other weights \(b{12}\) than .*best.ckpt has now \(c{12}\): start"
+    )
+    with pytest.raises(MuroanError, match=other):
+        begin_from(config, start, "c" * 64)
+
+    (out / "best.ckpt").touch()
+    told = {"identity": {"seed": 0}, "start": str(start), "start_weights": "b" * 64}
+    (out / "summary.json").write_text(json.dumps(told))
+    assert already_trained(config, "harden"), "where it began from is gone"
+    start.parent.mkdir()
+    for weights in "bc":
+        (start.parent / "summary.json").write_text(json.dumps({"weights": weights * 64}))
+        if weights == "b":
+            assert already_trained(config, "harden")
+    with pytest.raises(MuroanError, match=other):
+        already_trained(config, "harden")
+    config.rerun = True
+    assert not already_trained(config, "harden")
+    begin_from(config, start, "c" * 64)
 
 
 def test_a_checkpoint_of_another_training_is_not_taken_for_a_hardened_one(

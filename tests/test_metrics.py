@@ -62,7 +62,7 @@ RESULTS = [
     flip(0, text=1, minimal=True, spent=(4, 3, 1), proven=True, still_valid=False),
     flip(1, image=2, minimal=False, spent=(6, 5, 0, 3), proven=False, still_valid=True),
     flip(2, image=4, text=2, minimal=True, interaction=True, spent=(20, 16, 5)),
-    flip(3, image=45, text=3, interaction=False, spent=(30, 30, 0)),
+    flip(3, image=45, text=3, spent=(30, 30, 0)),
     other(4, "held", spent=(40, 38, 2)),
     other(5, "budget_exhausted", spent=(80, 74, 10)),
     other(6, "skipped"),
@@ -87,8 +87,8 @@ BY_HAND = {
     "modality_share_image": 25.0,
     "modality_share_text": 25.0,
     "modality_share_joint": 50.0,
-    "interaction": 25.0,
-    "one_minimal": 100 * 2 / 3,  # the fourth flip was not audited
+    "interaction": 100 / 3,  # the fourth flip was not audited
+    "one_minimal": 100 * 2 / 3,
     "proven": 50.0,
     "valid_success_rate": 100 * 1 / 6,
 }

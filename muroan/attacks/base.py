@@ -120,8 +120,16 @@ class ThreatModel:
         """The threat model with the modalities' defaults filled in; entries for absent modalities are left out.
 
         Raises:
-            MuroanError: a replacement that a modality cannot take, a `min_side` or budget below 1.
+            MuroanError: a replacement that a modality cannot take, a `min_side` or budget below 1, or one value where
+                each modality has its own.
         """
+        for option, value in (("replacement", self.replacement), ("min_side", self.min_side)):
+            if not isinstance(value, Mapping):
+                name = next(iter(modalities))
+                raise MuroanError(
+                    f"threat_model.{option} goes by modality, got {value!r} for all: "
+                    f"threat_model.{option}.{name}={value}, and so on for {', '.join(modalities)}"
+                )
         replacement = {n: m.replacements[0] for n, m in modalities.items()} | _given(self.replacement, modalities)
         min_side = {n: m.min_side for n, m in modalities.items()} | _given(self.min_side, modalities)
         for name, modality in modalities.items():

@@ -228,7 +228,8 @@ def finish_certify(config: DictConfig, folder: CertificateFolder, logger: Any) -
     for name, size in summary["alone"].items():
         told = "whatever is done to one element of %s: %.1f %%; median size of right samples: %g elements, %.3f %%"
         log.info(f"  {told}", name, size["any"], size["elements"], size["percent"])
-    attacks = find_runs(folders(config.certification.attacked)) if config.certification.attacked else []
+    attacked = folders(config.certification.attacked or [], "certification.attacked")
+    attacks = find_runs(attacked) if attacked else []
     file = folder.path / "summary.json"
     before = json.loads(file.read_text())["attacks"] if file.exists() else {}
     summary["attacks"] = dict(before)

@@ -40,9 +40,16 @@ def plain(config: Any, resolve: bool = True) -> Any:
     return OmegaConf.to_container(config, resolve=resolve) if OmegaConf.is_config(config) else config
 
 
-def folders(chosen: Any) -> list[Path]:
-    """The folders that an option names: a list of them, or one."""
-    return [Path(chosen)] if isinstance(chosen, str) else [Path(folder) for folder in chosen]
+def folders(chosen: Any, option: str = "runs") -> list[Path]:
+    """The folders that an option names: a list of them, or one.
+
+    Raises:
+        MuroanError: it names something else.
+    """
+    names = [chosen] if isinstance(chosen, str) else chosen
+    if (not OmegaConf.is_list(names) and not isinstance(names, list)) or not all(isinstance(n, str) for n in names):
+        raise MuroanError(f"{option} must name folders of runs, such as {option}=[outputs/attack], got {chosen!r}")
+    return [Path(name) for name in names]
 
 
 def own_overrides(*without: str) -> list[str]:

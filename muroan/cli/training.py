@@ -39,7 +39,7 @@ def harden(config: DictConfig) -> None:
     from pytorch_lightning.callbacks import Callback
 
     from muroan.callbacks import RobustValidation, StopEarly
-    from muroan.training.module import load_weights
+    from muroan.training.module import load_weights, weights_hash
 
     if not config.defense:
         raise MuroanError(f"harden needs a defence, such as defense=adversarial_training: {', '.join(of('defense'))}")
@@ -52,7 +52,7 @@ def harden(config: DictConfig) -> None:
         )
     if already_trained(config, "harden"):
         return
-    if options.start not in ("trained", "scratch") and not Path(options.start).is_file():
+    if options.start not in ("trained", "scratch") and not Path(str(options.start)).is_file():
         raise MuroanError(f"hardening.start must be trained, scratch or a checkpoint, got {options.start!r}")
     data, model = build(config)
     start = None if options.start == "scratch" else Path(options.start)
@@ -60,6 +60,7 @@ def harden(config: DictConfig) -> None:
         start = find_checkpoint(config, model, option="hardening.start")
     if start is not None:
         load_weights(model, start)
+        begin_from(config, start, weights_hash(model))
     check_texts(data, model)
     if config.rerun and config.defense.get("folder"):
         forget_set(Path(config.defense.folder))
@@ -157,20 +158,55 @@ def already_trained(config: DictConfig, command: str) -> bool:
             f"rerun=true"
         )
     if (out / "summary.json").exists() and (out / "best.ckpt").exists():
-        left_out = left_out_of(json.loads((out / "summary.json").read_text()))
+        summary = json.loads((out / "summary.json").read_text())
+        left_out = left_out_of(summary)
         if left_out and not config.dataset.get("skip_bad"):
             raise MuroanError(
                 f"{out} holds a training without samples that could not be read ({left_out}): start anew with "
                 f"rerun=true, or take it as it is with dataset.skip_bad=true"
             )
+        _check_start(out, summary)
         if left_out:
             log.warning("trained without samples that could not be read: %s", left_out)
         log.info("already trained: %s (rerun=true trains again)", out / "best.ckpt")
         return True
     out.mkdir(parents=True, exist_ok=True)
     (out / "summary.json").unlink(missing_ok=True)  # of a model whose weights are gone
-    write_json(out / "identity.json", identity(config, command))
+    if not (out / "identity.json").exists():  # one that goes on may have more in it
+        write_json(out / "identity.json", {"identity": identity(config, command)})
     return False
+
+
+def begin_from(config: DictConfig, start: Path, weights: str) -> None:
+    """Note the weights that a hardening begins from.
+
+    Raises:
+        MuroanError: the folder holds one that is not done and began from others.
+    """
+    from muroan.results import write_json
+
+    out = Path(config.out)
+    before = json.loads((out / "identity.json").read_text()).get("start_weights", weights)
+    if (out / "last.ckpt").exists() and before != weights:
+        raise MuroanError(_other_start(out, start, before, weights))
+    write_json(out / "identity.json", {"identity": identity(config, "harden"), "start_weights": weights})
+
+
+def _check_start(out: Path, summary: Mapping[str, Any]) -> None:
+    """Refuse to take a finished hardening for one of a model that was trained again since, to other weights."""
+    start, before = summary.get("start"), summary.get("start_weights")
+    if start is None or before is None or not (beside := Path(start).parent / "summary.json").is_file():
+        return
+    weights = json.loads(beside.read_text())["weights"]
+    if weights != before:
+        raise MuroanError(_other_start(out, Path(start), before, weights))
+
+
+def _other_start(out: Path, start: Path, before: str, now: object) -> str:
+    return (
+        f"{out} holds a hardening that began from other weights ({before[:12]}) than {start} has now "
+        f"({str(now)[:12]}): start anew with rerun=true, or choose another folder with out=..."
+    )
 
 
 def left_out_of(summary: Mapping[str, Any]) -> str:
@@ -246,6 +282,7 @@ def fit(
         summary["control"] = module.control
         summary["best"] = {"monitor": monitor, "value": best}
         summary |= {"cost": asdict(cost), "start": None if start is None else str(start)}
+        summary["start_weights"] = json.loads((out / "identity.json").read_text()).get("start_weights")
     log_model(logger, out / "best.ckpt", summary)
     write_json(out / "summary.json", summary)  # last: it says that all is done
     log.info("test accuracy %.1f %%, checkpoint %s", metrics["test/accuracy"], out / "best.ckpt")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from itertools import groupby
@@ -160,7 +161,7 @@ class MultimodalData(pl.LightningDataModule, ABC):
         """The examples of a split within its limit, in dataset order.
 
         Raises:
-            MuroanError: there is no such split, or it has no examples.
+            MuroanError: there is no such split, it has no examples, or two of one id.
         """
         if split not in SPLITS:
             raise MuroanError(f"a split is one of {', '.join(SPLITS)}, got {split!r}")
@@ -168,6 +169,12 @@ class MultimodalData(pl.LightningDataModule, ABC):
             examples = self.load(split)
             if not examples:
                 raise MuroanError(f"the {split} split of {self.name} has no examples")
+            often = Counter(example.id for example in examples)
+            if twice := [id for id, times in often.items() if times > 1]:
+                raise MuroanError(
+                    f"the {split} split of {self.name} has {len(twice)} ids of more than one sample, such as "
+                    f"{twice[0]!r} ({often[twice[0]]} samples): records go by ids; give every sample its own"
+                )
             limit = self.limits[split]
             if limit is not None and limit < len(examples):
                 order = np.random.default_rng(stable_seed(self.seed, self.name, split)).permutation(len(examples))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from muroan.data.base import SPLITS, MultimodalData, check_visible
 from muroan.data.samples import Example, Sample
-from muroan.errors import MuroanError
+from muroan.errors import MuroanError, check_whole
 from muroan.modalities import Audio, Image, Modality, Removal, element_mask, removed_elements, stable_seed
 
 RATE = 8000
@@ -56,12 +56,14 @@ class DigitSum(MultimodalData):
             options: those of `MultimodalData`.
 
         Raises:
-            MuroanError: an unknown `split_by`, or `visible` is no such share; when examples are loaded, `root` does not
-                hold the recordings.
+            MuroanError: an unknown `split_by`, a size that is no count, or `visible` is no such share; when examples
+                are loaded, `root` does not hold the recordings.
         """
         super().__init__(**options)
         if split_by not in ("recording", "speaker"):
             raise MuroanError(f"dataset.split_by must be recording or speaker, got {split_by!r}")
+        sizes = {"train_size": train_size, "val_size": val_size, "test_size": test_size}
+        check_whole("dataset", audio_length=audio_length, **sizes)
         self.root, self.split_by, self.augmented = Path(root), split_by, augment
         self.sizes = {"train": train_size, "val": val_size, "test": test_size}
         self.audio_length, self.visible = audio_length, check_visible(visible)

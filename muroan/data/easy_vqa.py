@@ -15,7 +15,7 @@ from PIL import Image as PILImage
 from muroan.data.base import MultimodalData, check_visible, scratch_text
 from muroan.data.files import read_image
 from muroan.data.samples import Example, Sample
-from muroan.errors import MuroanError
+from muroan.errors import MuroanError, check_whole
 from muroan.modalities import ElementSet, Image, Modality, Removal, removed_elements, stable_seed
 
 # As the package draws them.
@@ -68,14 +68,15 @@ class EasyVQA(MultimodalData):
             options: those of `MultimodalData`.
 
         Raises:
-            MuroanError: the package easy-vqa is not installed, no picture would be left to train on, or `visible` is
-                no such share.
+            MuroanError: the package easy-vqa is not installed, no picture would be left to train on, `val_pictures` is
+                no whole number, or `visible` no such share.
         """
         super().__init__(**options)
         try:
             self.classes = sorted(self._package.get_answers())
         except ImportError:
             raise MuroanError("the dataset easy_vqa is a Python package: pip install easy-vqa") from None
+        check_whole("dataset", val_pictures=val_pictures)
         self.val_pictures, self.visible = val_pictures, check_visible(visible)
         self._paths: dict[str, dict[int, str]] = {}
         self._scenes: dict[tuple[str, tuple[int, ...]], Scene] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -56,6 +57,11 @@ class ConvGrid(nn.Module):
 
     def __init__(self, channels: int, size: tuple[int, int], grid: tuple[int, int], width: int):
         super().__init__()
+        sides = list(grid) if isinstance(grid, Iterable) else []
+        if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+            raise MuroanError(
+                f"the grid of {type(self).__name__} must be two whole numbers of tokens, such as [4,4], got {grid!r}"
+            )
         layers: list[nn.Module] = []
         for inputs, outputs in itertools.pairwise((channels, width // 8, width // 4, width)):
             layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs)]

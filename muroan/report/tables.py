@@ -75,7 +75,7 @@ DEFINITIONS = {
     "proven": "flipped samples of which the attack shows that no removal of its universe that is smaller, by its "
     "objective, flips; over those of attacks that can tell.",
     "interaction": "flipped samples in which the removal flips only jointly: none of its one-modality parts does "
-    "alone; over flipped samples.",
+    "alone; over those where that was checked.",
     "modality share": "flipped samples whose removal lies in one modality alone, or in several jointly; over flipped "
     "samples.",
     "interval": "95 % percentile bootstrap over samples, 1000 resamples, fixed seed; of a rate of 0 or 100 %, which is "
