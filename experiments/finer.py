@@ -14,8 +14,8 @@ from muroan.report.cells import METRICS, Entry, Table
 # Some of the removal attacks of Table 5, of which those of text or sound alone do not depend on image regions.
 ATTACKS = "decoupling,decoupling_reference,greedy_occlusion,saliency_removal,random_removal"
 CAPTION = (
-    "Finer regions: as for vulnerability, but image regions are halved as long as they are longer than {finest} "
-    "pixels, where the other tables stop at 10. {samples} test samples of each dataset, at most {budget} queries each."
+    "Finer regions: as for vulnerability, but image regions are split where they have a side longer than {finest} "
+    "pixels, the other tables' longer than 10. {samples} test samples of each dataset, at most {budget} queries each."
 )
 SHOWN = ["clean_accuracy", "robust_accuracy", "attack_success_rate", "valid_success_rate", "curve_area"]
 SHOWN += ["decoupled_fraction_mean", "decoupled_fraction_median", "proven", "queries"]

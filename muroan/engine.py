@@ -205,10 +205,12 @@ class EngineStatistics:
     """What the engine ran, over all samples.
 
     Attributes:
-        batches, rows: model calls, and rows in them: every forward, those run ahead in vain included.
+        batches, rows: model calls, and rows in them: every forward, those run ahead in vain included. Passes that a
+            `BatchAttack` makes through its `Target` are in `rows` alone, backward ones in neither.
         repeated: rows that were only to show that the model answers the same twice.
         encoded: rows encoded, a modality; `rows` minus this many were reused.
-        out_of_memory: times that the batch was halved.
+        out_of_memory: times that the device ran out of memory, and the engine went on without remembered features or
+            with batches of half the size.
         disagreements: samples whose verification contradicted what the search had been told.
     """
 

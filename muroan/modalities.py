@@ -20,6 +20,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -29,6 +30,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from muroan.errors import MuroanError
+from muroan.files import read_audio, read_image
 
 # ---------------------------------------------------------------------------------------------------------
 # Regions and removals: plain, hashable, free of tensors
@@ -265,6 +267,15 @@ class Modality(ABC):
     shape: tuple[int, ...]
     min_side: int
 
+    def read(self, path: Path) -> Any:
+        """The raw input that a file holds.
+
+        Raises:
+            MuroanError: the file is missing or cannot be decoded, or no such input is read from files, as here in the
+                base.
+        """
+        raise MuroanError(f"{type(self).__name__} takes its input itself, not the file {path} that it is in")
+
     @abstractmethod
     def prepare(self, raw: Any) -> tuple[Tensor, Layout]:
         """A raw input as the tensor that models take, and where its elements lie."""
@@ -386,6 +397,9 @@ class Image(Modality):
         self.shape = (len(self.mean), *self.size)
         self.min_side = 10  # as in the released decoupling attack
 
+    def read(self, path: Path) -> PILImage.Image:
+        return read_image(path)
+
     def prepare(self, raw: Any) -> tuple[Tensor, Layout]:
         """
         Args:
@@ -443,6 +457,9 @@ class Audio(Modality):
         self.length, self.rate = int(length), int(rate)
         self.shape = (self.length,)
         self.min_side = max(1, self.rate // 100)  # 10 milliseconds
+
+    def read(self, path: Path) -> np.ndarray:
+        return read_audio(path, self.rate)
 
     def prepare(self, raw: Any) -> tuple[Tensor, Layout]:
         """

@@ -33,18 +33,22 @@ class Count:
 
 @dataclass(slots=True)
 class AttackResult:
-    """What an attack did to one sample. Every figure is the engine's, none is claimed by the attack.
+    """What an attack did to one sample.
+
+    Every figure is the engine's, which asks the model about what a search returns once more, from scratch. The attack's
+    own are `proven`, `info`, and the points of the trajectory before the last, which rest on answers that it was given.
 
     Attributes:
         index: the sample's place in its dataset.
         label, clean_label, adversarial_label: the true class, and the model's before and after.
-        status: `flipped`; `held` (the attack gave up by itself, perhaps with its last query); `budget_exhausted` (it
-            was refused a question or pass that it would have made); `skipped` (wrong before the attack).
+        status: `flipped` (the attack reached its goal: another label, unless `Attack.reached` says else); `held` (it
+            gave up by itself, perhaps with its last query); `budget_exhausted` (it was refused a question or pass that
+            it would have made); `skipped` (wrong before the attack).
         regions: the winning removal, empty unless flipped: (modality, start, stop) a part.
         removed, total: elements a modality, each removed one counted once.
         ledger: what was spent, by phase. The attack's own phases come first; `clean`, `verify` and `audit` are
             the engine's and no queries.
-        one_minimal: whether putting any one part back restores the label; None when not audited.
+        one_minimal: whether the goal is lost with any one part put back; None when not audited.
         interaction: whether a removal across modalities flips while none of its one-modality parts does;
             None when the removal lies in one modality.
         kind: `removal`; `perturbation` (the attack chose new values, which is strictly stronger: `removed` then holds

@@ -12,8 +12,9 @@ import pytest
 from conftest import ROOT
 
 # docs/architecture.md: a module imports only from those before it.
-ORDER = ["errors", "modalities", "data", "models", "attacks", "results", "device_store", "search_processes", "engine"]
-ORDER += ["metrics", "callbacks", "training", "defenses", "certification", "runs", "transfer", "report", "cli"]
+ORDER = ["errors", "files", "modalities", "data", "models", "attacks", "results", "device_store"]
+ORDER += ["search_processes", "engine", "metrics", "callbacks", "training", "defenses", "certification", "runs"]
+ORDER += ["transfer", "report", "cli"]
 FILES = sorted((ROOT / "muroan").rglob("*.py"))
 
 

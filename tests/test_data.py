@@ -23,10 +23,10 @@ from muroan.callbacks import donors
 from muroan.data.base import GroupShuffle, MultimodalData, groups, scratch_text, shard
 from muroan.data.digit_sum import RECORDING, DigitSum
 from muroan.data.easy_vqa import EasyVQA
-from muroan.data.files import read_audio, read_image
 from muroan.data.manifest import Manifest
 from muroan.data.samples import BadSample, Batch, Example, PreparedDataset
 from muroan.errors import MuroanError
+from muroan.files import read_audio, read_image
 from muroan.modalities import Audio, Image
 
 FSDD = Path(__file__).parents[1].parent / "shared/data/fsdd"
@@ -740,6 +740,8 @@ def test_sounds_in_a_csv_manifest(tmp_path):
     assert samples[0].layouts["text"].words == ("one,", "two")
     assert Batch.of([samples[0], samples[1]]).inputs["audio"].shape == (1, 700)
     assert f"audio file {tmp_path / 'broken.wav'} cannot be decoded as WAV" in message(lambda: samples[2])
+    named = PreparedDataset([Example("0", {"text": tmp_path / "said.txt"}, 0)], {"text": scratch_text(["one"])}, 2)
+    assert f"Text takes its input itself, not the file {tmp_path / 'said.txt'} that it" in message(lambda: named[0])
     (tmp_path / "test.csv").write_text("file,said,label\na.wav,one\n")
     assert "line 2 has no column 'label', it has file, said" in message(
         lambda: Manifest(str(tmp_path), ["a", "b"], test="test.csv", audio="file").examples("test")

@@ -66,7 +66,8 @@ class Target:
         donors: (M, *shape) a modality, inputs of M samples that are not attacked, to take parts from.
         donor_words: (M) a text, the words of each.
         queries, forwards, backwards: (B,) passes so far.
-        first_flip: (B,) queries at the first pass whose prediction was not the label; 0 where there was none.
+        first_flip: (B,) queries at the first pass whose prediction was not the label; 0 where there was none. An attack
+            sets it that asks what it would not return, or looks at several passes as one.
         in_hand: (B) of each the flips that `note` was told of, as pairs of queries and changed elements.
         refused: (B,) bool, rows that `able` or `granted` refused something.
     """

@@ -11,15 +11,16 @@ from muroan.modalities import Region, Removal
 
 
 class Transferred(Attack):
-    """Asks of each sample one removal: the one that flipped it in a finished run, of another model or of this one
-    before it was hardened. A sample that the run did not flip holds.
+    """Asks of each sample one removal, that which flipped it in a finished run.
+
+    Of another model, or of this one before it was hardened. A sample that the run did not flip holds.
 
     Args:
         run: the run's folder.
 
     Raises:
-        MuroanError: no folder was named, it has no finished removal attack, none of its records is of a sample here, or
-            the other model took the sample in another size (`muroan transfer` scales).
+        MuroanError: no folder was named, or it has no finished removal attack; when searching, it has no record of a
+            sample, or the other model took the sample in another size (`muroan transfer` scales).
     """
 
     guided = False

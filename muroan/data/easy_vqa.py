@@ -13,9 +13,9 @@ import numpy as np
 from PIL import Image as PILImage
 
 from muroan.data.base import MultimodalData, check_visible, scratch_text
-from muroan.data.files import read_image
 from muroan.data.samples import Example, Sample
 from muroan.errors import MuroanError, check_whole
+from muroan.files import read_image
 from muroan.modalities import ElementSet, Image, Modality, Removal, removed_elements, stable_seed
 
 # As the package draws them.

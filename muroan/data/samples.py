@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from muroan.data.files import read_file
 from muroan.errors import MuroanError
 from muroan.modalities import Layout, Modality, stable_seed
 
@@ -189,7 +188,7 @@ class PreparedDataset(Dataset):
             return self._prepared[key]
         try:
             modality = self.modalities[name]
-            value = read_file(raw, modality) if isinstance(raw, Path) else raw
+            value = modality.read(raw) if isinstance(raw, Path) else raw
             if self.augment is not None:
                 rng = np.random.default_rng(stable_seed(self.seed, self.epoch, example.id, name))
                 value = self.augment(name, value, rng)

@@ -4,24 +4,13 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image as PILImage
 
 from muroan.errors import MuroanError
-from muroan.modalities import Audio, Modality
 
 SKIP = "fix the file, or set dataset.skip_bad=true to leave such samples out and count them"
-
-
-def read_file(path: Path, modality: Modality) -> Any:
-    """A file as the raw value that the modality prepares.
-
-    Raises:
-        MuroanError: the file is missing or cannot be decoded; the message names it.
-    """
-    return read_audio(path, modality.rate) if isinstance(modality, Audio) else read_image(path)
 
 
 def read_image(path: Path) -> PILImage.Image:
