@@ -266,7 +266,7 @@ class RecordFolder(ABC, Generic[R]):
         """
         self.path.mkdir(parents=True, exist_ok=True)
         if (self.path / "run.json").exists() and not self.matches(run):
-            differing = differences(self.run["identity"], json.loads(json.dumps(run["identity"])))
+            differing = what_differs(self.run["identity"], json.loads(json.dumps(run["identity"])))
             raise MuroanError(
                 f"{self.path} holds records of another configuration ({differing}): "
                 f"choose another folder with out=..., or start anew with rerun=true"
@@ -370,7 +370,7 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
     temporary.replace(path)
 
 
-def differences(old: Any, new: Any, at: str = "") -> str:
+def what_differs(old: Any, new: Any, at: str = "") -> str:
     """The first few values that differ between two configurations, for a message."""
     found: list[str] = []
 

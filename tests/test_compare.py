@@ -16,17 +16,17 @@ import pytest
 from conftest import muroan
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from PIL import Image
 from scipy.stats import binomtest, wilcoxon
 
 from muroan.errors import MuroanError
 from muroan.metrics import bootstrap, pooled, summarise
-from muroan.report import build
+from muroan.report import build, plots
 from muroan.report.compare import Comparison, compare, latex, markdown, write
 from muroan.report.markup import tex
+from muroan.report.paired import against_controls, flip_queries, flip_sizes
 from muroan.report.plots import success_at, success_band
-from muroan.report.runs import compare as compare_runs
-from muroan.report.runs import flip_queries, flip_sizes
 from muroan.report.significance import STEPS, holm, over_seeds, sign_flip
 from muroan.results import AttackResult, Count, RunFolder
 from muroan.runs import find_runs
@@ -430,7 +430,7 @@ class TestWarning:
             return [re.search(r"curve area of (\w+) less", text)[1] for text in comparison.warnings]
 
         assert warned() == ["mine"]
-        assert [c.guided.attack for c in compare_runs(find_runs([tmp_path]))] == ["mine"]
+        assert [c.guided.attack for c in against_controls(find_runs([tmp_path]))] == ["mine"]
         for attack, guided in (("mine", False), ("exhaustive", True)):
             file = tmp_path / attack / "run.json"
             file.write_text(json.dumps({**json.loads(file.read_text()), "guided": guided}))
@@ -445,7 +445,7 @@ class TestWarning:
             ("random_restart", False),
             ("shuffled", True),
         ]
-        (found,) = compare_runs(find_runs([tmp_path]))
+        (found,) = against_controls(find_runs([tmp_path]))
         assert (found.guided.attack, found.control.attack) == ("random_restart", "shuffled")
 
     def test_other_rules_are_another_contest(self, tmp_path):
@@ -471,7 +471,7 @@ class TestWarning:
         (note,) = [note for note in comparison.notes if "the threat model and the goal of" in note]
         assert "the goal of decoupling_embedding, decoupling_targeted, guided (" in note
         assert "threat_model.max_queries=5)" in note
-        found = compare_runs(find_runs([tmp_path]))
+        found = against_controls(find_runs([tmp_path]))
         assert [(c.guided.folder, c.control.folder) for c in found] == [("a", "b"), ("c", "d")]
         assert [run.goal for run in find_runs([tmp_path]) if run.folder in "ef"] == [
             "another fusion embedding",
@@ -492,6 +492,40 @@ class TestWarning:
         write_run(tmp_path / "b", "pgd", NOTHING, kind="perturbation")
         write_run(tmp_path / "c", "random_removal", CLEAR)
         assert compared(tmp_path).warnings == []
+
+
+class TestPlot:
+    @staticmethod
+    def drawn(targets: dict[str, dict[str, str]], path: Path, monkeypatch: pytest.MonkeyPatch) -> Figure:
+        """What `budgets` draws of targets: their attacks by the kind."""
+        drawn: list[Figure] = []
+        monkeypatch.setattr(plots, "_png", lambda picture: drawn.append(picture) or b"")
+        for target, attacks in targets.items():
+            for attack, kind in attacks.items():
+                write_run(path / target / attack, attack, [3] * 8, kind=kind)
+        runs = {target: find_runs([path / target]) for target in targets}
+        plots.budgets([(target, [(run.attack, [run]) for run in found]) for target, found in runs.items()])
+        return drawn[0]
+
+    def test_targets_with_an_attack_in_common_share_a_legend(self, tmp_path, monkeypatch):
+        kinds = {"a": "removal", "b": "perturbation"}
+        picture = self.drawn({"x": kinds, "y": {"a": "removal"}}, tmp_path, monkeypatch)
+        assert [text.get_text() for legend in picture.legends for text in legend.get_texts()] == ["a", "b"]
+        assert not [axes for axes in picture.axes if axes.get_legend()]
+        assert [axes.lines[0].get_color() for axes in picture.axes] == [plots.COLOURS[0][0]] * 4
+        assert picture.axes[2].get_xlabel() == "decoupled or changed fraction, % of the input (log scale)"
+
+    def test_targets_without_have_their_own(self, tmp_path, monkeypatch):
+        picture = self.drawn({"x": {"a": "removal"}, "y": {"b": "removal", "c": "removal"}}, tmp_path, monkeypatch)
+        legends = [axes.get_legend() for axes in picture.axes]
+        shown = [[text.get_text() for text in legend.get_texts()] for legend in legends if legend]
+        assert shown == [["a"], ["b", "c"]]
+        assert not picture.legends
+        assert picture.axes[2].get_xlabel().startswith("decoupled fraction")
+
+    def test_what_chooses_values_changes(self, tmp_path, monkeypatch):
+        picture = self.drawn({"x": {"a": "perturbation", "b": "corruption"}}, tmp_path, monkeypatch)
+        assert picture.axes[0].get_xlabel().startswith("changed fraction")
 
 
 class TestTables:

@@ -19,7 +19,7 @@ from muroan.modalities import Audio, Image, Region, Removal, Text, WordTokenizer
 from muroan.report import build, plots
 from muroan.report.examples import choose, draw, draw_all
 from muroan.report.html import _strongest, finding
-from muroan.report.runs import compare
+from muroan.report.paired import against_controls
 from muroan.report.tables import figure
 from muroan.report.tracked import _cells
 from muroan.results import AttackResult, Count, RunFolder, read_records
@@ -405,7 +405,7 @@ class TestRuns:
     def test_guided_attack_no_better_than_random_is_warned_of(self, tmp_path, no_curves):
         for attack in ("guided", "random_removal"):
             write_run(tmp_path / attack, attack, "m", "d", attack_records(attack, pictured(0, 20), 1, success=0.5))
-        (comparison,) = compare(find_runs([tmp_path]))
+        (comparison,) = against_controls(find_runs([tmp_path]))
         assert comparison.success == {"value": 0.0, "low": 0.0, "high": 0.0}
         text = "".join(read(build([tmp_path], tmp_path / "out").parent).text["li"])
         assert "guided · m is no better than the random control random_removal" in text
@@ -454,7 +454,7 @@ class TestRuns:
         for attack, rows in outcomes.items():
             records = [record(i, attack, *row) for i, row in enumerate(rows)]
             write_run(tmp_path / attack, attack, "m", "d", records)
-        (comparison,) = compare(find_runs([tmp_path]))
+        (comparison,) = against_controls(find_runs([tmp_path]))
         assert comparison.n == 3
         assert comparison.success["value"] == pytest.approx(100 / 3)
         assert comparison.area["value"] == pytest.approx((90 + 50) / 3)  # 1 % scores 90, 5 % scores 50, 10 % none
@@ -464,7 +464,7 @@ class TestRuns:
         for attack in ("guided", "random"):
             records = attack_records(attack, pictured(0, 3), 0)
             write_run(tmp_path / attack, attack, "m", "d", records, checkpoint={"path": "x", "sha256": attack})
-        assert compare(find_runs([tmp_path])) == []
+        assert against_controls(find_runs([tmp_path])) == []
 
 
 class TestExamples:

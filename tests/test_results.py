@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from muroan.errors import MuroanError
 from muroan.modalities import Region
-from muroan.results import AttackResult, Count, RunFolder, differences, fingerprint, read_records, write_records
+from muroan.results import AttackResult, Count, RunFolder, fingerprint, read_records, what_differs, write_records
 
 IDENTITY = {"model": {"name": "mmbt", "width": 64}, "attack": "x", "seed": 0}
 
@@ -234,8 +234,8 @@ class TestRunFolder:
 
 def test_differences_are_few_and_named():
     old = {"a": 1, "b": {"c": [1], "d": 2}}
-    assert differences(old, old) == ""
-    assert differences(old, {"a": 1, "b": {"c": [2], "d": 2}}) == "b.c: [1] there, [2] asked for"
-    many = differences(dict.fromkeys("abcdef", 0), dict.fromkeys("abcdef", 1))
+    assert what_differs(old, old) == ""
+    assert what_differs(old, {"a": 1, "b": {"c": [2], "d": 2}}) == "b.c: [1] there, [2] asked for"
+    many = what_differs(dict.fromkeys("abcdef", 0), dict.fromkeys("abcdef", 1))
     assert many.count("asked for") == 4
     assert many.endswith("…")

@@ -161,7 +161,7 @@ def other_training(folder: Path, own: Mapping[str, Any], groups: Sequence[str] =
     Args:
         groups: of options; all of them where none is named.
     """
-    from muroan.results import differences
+    from muroan.results import what_differs
 
     for name in ("identity.json", "summary.json"):
         if (folder / name).exists():
@@ -169,7 +169,7 @@ def other_training(folder: Path, own: Mapping[str, Any], groups: Sequence[str] =
             known, asked = told.get("identity", told), json.loads(json.dumps(own))
             if groups:
                 known, asked = ({key: each.get(key) for key in groups} for each in (known, asked))
-            return differences(known, asked)
+            return what_differs(known, asked)
     return ""
 
 

@@ -27,7 +27,7 @@ from muroan.engine import QueryEngine
 from muroan.errors import MuroanError, check_whole
 from muroan.modalities import Region, Removal, stable_seed
 from muroan.models.base import MultimodalModel
-from muroan.results import differences, write_json
+from muroan.results import what_differs, write_json
 from muroan.training.module import weights_hash
 
 Found = Removal | Perturbation
@@ -241,7 +241,7 @@ class AdversarialTraining(Defense):
             if known != about:
                 raise MuroanError(
                     f"{self.folder} holds an adversarial set of another configuration "
-                    f"({differences(known, about)}): choose another defense.folder, or remove it"
+                    f"({what_differs(known, about)}): choose another defense.folder, or remove it"
                 )
         self.trainer.strategy.barrier("the offline set is checked")
         if self.trainer.is_global_zero and not file.exists():

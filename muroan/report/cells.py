@@ -20,7 +20,7 @@ from muroan.attacks.base import Kind
 from muroan.metrics import pooled
 from muroan.report import plots
 from muroan.report.compare import HEADINGS, INTERVALS, Estimate, Row
-from muroan.report.markup import Grid, Line, latex_grid, markdown_grid, write_csv
+from muroan.report.markup import Line, TextTable, latex_grid, markdown_grid, write_csv
 from muroan.report.tables import DEFINITIONS, MAIN, SEARCH, Column, figure, interval, present
 from muroan.results import RunFolder
 from muroan.runs import Run, find_runs
@@ -256,7 +256,7 @@ class Table:
         said = {name for row in self.rows for name, estimate in row.summary.items() if estimate["value"] is not None}
         return [column for column in shown if column.metric in said or column in MAIN]
 
-    def grid(self, narrow: bool = False) -> Grid:
+    def grid(self, narrow: bool = False) -> TextTable:
         """The table as text; a narrow one, for a printed page, has no intervals where it has seeds."""
         columns = self.columns
         heads = [f"{column.heading} ({column.suffix})" if column.suffix else column.heading for column in columns]
@@ -281,7 +281,7 @@ class Table:
             "Means over the seeds; in brackets the 95 % bootstrap interval over samples, in parentheses the smallest "
             "and the largest of the seeds."
         )
-        return Grid(f"{self.caption} {how}", [self.row, "seeds", *heads], lines)
+        return TextTable(f"{self.caption} {how}", [self.row, "seeds", *heads], lines)
 
     def markdown(self) -> str:
         """Caption, table, notes, and what the words mean."""

@@ -15,8 +15,8 @@ import numpy as np
 
 from muroan.metrics import columns, pooled
 from muroan.report import plots
-from muroan.report.markup import Grid, Line, latex_grid, markdown_grid, write_csv
-from muroan.report.runs import area_differences, shared, success_differences
+from muroan.report.markup import Line, TextTable, latex_grid, markdown_grid, write_csv
+from muroan.report.paired import area_differences, shared, success_differences
 from muroan.report.significance import holm, over_seeds, probability, sign_flip
 from muroan.report.tables import DEFINITIONS, MAIN, SEARCH, by_modality, figure, interval, present, whole
 from muroan.report.tables import Column as Metric
@@ -450,7 +450,7 @@ def _warnings(pairs: Iterable[Pair]) -> list[str]:
 # Tables
 
 
-def grids(comparison: Comparison) -> list[Grid]:
+def grids(comparison: Comparison) -> list[TextTable]:
     """The table of attacks in two parts, what they reach and what it takes, and the paired tests."""
     runs = comparison.runs
     outcome = [*present(OUTCOME, runs)]
@@ -476,7 +476,7 @@ def grids(comparison: Comparison) -> list[Grid]:
     return found
 
 
-def _by_attack(comparison: Comparison, caption: str, own: Sequence[str], metrics: Sequence[Metric]) -> Grid:
+def _by_attack(comparison: Comparison, caption: str, own: Sequence[str], metrics: Sequence[Metric]) -> TextTable:
     heads = [f"{m.heading} ({m.suffix})" if m.suffix else m.heading for m in metrics]
     lines = []
     for target in comparison.targets:
@@ -490,7 +490,7 @@ def _by_attack(comparison: Comparison, caption: str, own: Sequence[str], metrics
                 told = {"seeds": row.seeds, "n": n}
                 figures = [_estimate(row.summary.get(m.metric, {}), m) for m in metrics]
                 lines.append(Line(2, [row.name, *(told[name] for name in own), *figures]))
-    return Grid(caption, ["attack", *own, *heads], lines)
+    return TextTable(caption, ["attack", *own, *heads], lines)
 
 
 def _estimate(estimate: Estimate, metric: Metric) -> str:
@@ -499,7 +499,7 @@ def _estimate(estimate: Estimate, metric: Metric) -> str:
     return f"{text} [{span}]" if span else text
 
 
-def _by_pair(pairs: Sequence[Pair]) -> Grid:
+def _by_pair(pairs: Sequence[Pair]) -> TextTable:
     caption = (
         "Paired tests: each attack against the random control and against the removal attack with the largest curve "
         "area on its target (chosen by these records, which flatters it a little), over the n samples that both "
@@ -518,7 +518,7 @@ def _by_pair(pairs: Sequence[Pair]) -> Grid:
             for estimate, p in ((pair.success, pair.success_holm), (pair.area, pair.area_holm)):
                 cells += [f"{figure(estimate['value'], 'rate')} [{interval(estimate, 'rate')}]", probability(p)]
             lines.append(Line(2, cells))
-    return Grid(caption, heads, lines, texts=2)
+    return TextTable(caption, heads, lines, texts=2)
 
 
 def _terms(comparison: Comparison) -> dict[str, str]:

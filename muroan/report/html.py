@@ -13,7 +13,7 @@ from jinja2 import Environment, StrictUndefined
 
 from muroan.errors import MuroanError
 from muroan.report import defenses, examples, plots, tables
-from muroan.report.runs import Comparison, by_target, compare
+from muroan.report.paired import AgainstControl, against_controls, by_target
 from muroan.report.tables import figure, interval, whole
 from muroan.results import Count, write_json
 from muroan.runs import Run, find_runs
@@ -38,7 +38,7 @@ def build(folders: Sequence[Path], out: Path) -> Path:
         MuroanError: a folder holds no run, or a file of a run cannot be understood.
     """
     runs = find_runs(folders)
-    comparisons = compare(runs)
+    comparisons = against_controls(runs)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     with (out / "records.jsonl").open("w") as file:
@@ -54,7 +54,7 @@ def build(folders: Sequence[Path], out: Path) -> Path:
     return page
 
 
-def render(runs: Sequence[Run], comparisons: Sequence[Comparison], curve: bytes) -> str:
+def render(runs: Sequence[Run], comparisons: Sequence[AgainstControl], curve: bytes) -> str:
     """The page, everything that it shows inside it; `curve` is the PNG for a wide, light one."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters.update(
@@ -176,7 +176,7 @@ def finding(group: Sequence[Run]) -> str:
     return f"{'; '.join([said, *others])}."
 
 
-def warnings(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> list[str]:
+def warnings(runs: Sequence[Run], comparisons: Sequence[AgainstControl]) -> list[str]:
     """What a reader must know before believing the figures."""
     said = []
     for run in runs:

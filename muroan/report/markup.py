@@ -23,7 +23,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Grid:
+class TextTable:
     """A table as text, before it is Markdown or LaTeX.
 
     Attributes:
@@ -63,7 +63,7 @@ def markdown_table(rows: Sequence[Sequence[str]], texts: int = 1) -> str:
     return "".join(map(line, [rows[0], rule, *rows[1:]]))
 
 
-def markdown_grid(grid: Grid) -> str:
+def markdown_grid(grid: TextTable) -> str:
     marks = {0: "**{}**", 1: "*{}*", 2: "{}"}
     groups = ["", *(head.partition(", ")[0] for head in grid.heads)]
     # A group is named once, over its first column.
@@ -132,7 +132,7 @@ def latex_table(
     )
 
 
-def latex_grid(grid: Grid, notes: Sequence[str]) -> str:
+def latex_grid(grid: TextTable, notes: Sequence[str]) -> str:
     width = len(grid.heads)
     uppers, lowers = zip(*map(_stacked, grid.heads), strict=True)
     upper, rules, start = [], [], 1

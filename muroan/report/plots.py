@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -18,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 
 from muroan.metrics import success_curve
 from muroan.modalities import stable_seed
-from muroan.report.runs import attacked_ids, by_target, flip_queries, flip_sizes
+from muroan.report.paired import attacked_ids, by_target, flip_queries, flip_sizes
 from muroan.results import AttackResult
 from muroan.runs import Run
 
@@ -189,13 +190,15 @@ def _panels(runs: Sequence[Run], dark: bool, width: float) -> bytes:
     return _png(picture)
 
 
-def _legend(picture: Figure, marks: Mapping[str, Artist], ncols: int, dark: bool) -> None:
+def _legend(
+    place: Figure | Axes, marks: Mapping[str, Artist], ncols: int, dark: bool, loc: Any = "outside upper left"
+) -> None:
     if not marks:
         return
-    legend = picture.legend(
+    legend = place.legend(
         list(marks.values()),
         list(marks),
-        loc="outside upper left",
+        loc=loc,
         ncols=ncols,
         frameon=False,
         labelcolor=INK[dark],
@@ -236,12 +239,14 @@ def budgets(targets: Sequence[tuple[str, Sequence[tuple[str, Sequence[Run]]]]]) 
 
     Args:
         targets: for each target, its name and its attacks: what an attack is called, and its runs, one a seed.
-            Attacks of one name share a colour.
+            Attacks of one name share a colour; where two targets have no name in common, each has a legend of its own.
 
     Returns:
         A PNG with bootstrap bands; the same bytes for the same records.
     """
-    names = list(dict.fromkeys(name for _, attacks in targets for name, _ in attacks))
+    own = [[name for name, _ in attacks] for _, attacks in targets if attacks]
+    apart = any(not {*one} & {*other} for one, other in itertools.combinations(own, 2))
+    names = [] if apart else list(dict.fromkeys(itertools.chain(*own)))
     wide = max((len(name) for name in names), default=0) > 44
     lines = -(-len(names) // (1 if wide else 3))
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
@@ -251,8 +256,10 @@ def budgets(targets: Sequence[tuple[str, Sequence[tuple[str, Sequence[Run]]]]]) 
     FigureCanvasAgg(picture)
     grid = picture.subplots(len(targets), 2, sharey=True, squeeze=False)
     marks: dict[str, Artist] = {}
+    kinds = {run.kind for _, attacks in targets for _, runs in attacks for run in runs}
+    fraction = "decoupled" if kinds <= {"removal"} else "changed" if "removal" not in kinds else "decoupled or changed"
     for side, (took, label) in enumerate(
-        ((flip_sizes, "decoupled fraction, % of the input (log scale)"), (flip_queries, "queries (log scale)"))
+        ((flip_sizes, f"{fraction} fraction, % of the input (log scale)"), (flip_queries, "queries (log scale)"))
     ):
         curves = [
             [(name, [(took(run), attacked_ids(run)) for run in runs]) for name, runs in attacks]
@@ -264,15 +271,19 @@ def budgets(targets: Sequence[tuple[str, Sequence[tuple[str, Sequence[Run]]]]]) 
         # The same scale for all targets; a flip for nothing stands at the left edge.
         left, right = (least / 1.6, min(108.0, 1.6 * most)) if side == 0 else (max(0.8, least / 1.6), 1.6 * most)
         for (title, _), attacks, axes in zip(targets, curves, grid[:, side], strict=True):
-            for name, seeds in attacks:
+            found_here: dict[str, Artist] = {}
+            for place, (name, seeds) in enumerate(attacks):
                 seeds = [(np.maximum(seed, left), ids) for seed, ids in seeds if len(seed)]
                 if seeds:
-                    line = _success(axes, seeds, left, right, names.index(name))
-                    marks.setdefault(name, line)
+                    found_here[name] = _success(axes, seeds, left, right, place if apart else names.index(name))
             if not any(np.isfinite(seed).any() for _, seeds in attacks for seed, _ in seeds):
                 axes.text(0.5, 0.5, "no sample was flipped", transform=axes.transAxes, ha="center", color=MUTED[False])
             _dress(axes, left, right, False)
             axes.tick_params(labelleft=True)
+            if not apart:
+                marks |= found_here
+            elif side == 1:
+                _legend(axes, found_here, 1, dark=False, loc="lower right")
             if side == 0:
                 axes.set_title(title, loc="left", color=INK[False], fontsize=11, pad=10, parse_math=False)
                 axes.set_ylabel("success rate, % of attacked", color=INK[False], fontsize=10.5, labelpad=8)

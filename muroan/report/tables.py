@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from muroan.metrics import CURVE_LIMIT
 from muroan.report.markup import escaped
-from muroan.report.runs import Comparison
+from muroan.report.paired import AgainstControl
 from muroan.runs import KINDS, Run
 
 Unit = Literal["rate", "fraction", "count"]
@@ -177,7 +177,7 @@ def markdown(runs: Sequence[Run]) -> str:
     return "\n".join(map(table, parts)) + f"\n{terms}.\n"
 
 
-def summary(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> dict[str, Any]:
+def summary(runs: Sequence[Run], comparisons: Sequence[AgainstControl]) -> dict[str, Any]:
     """Everything measured, and where it comes from, as plain JSON."""
     kept = ("attack", "model", "dataset", "fingerprint", "seed", "checkpoint", "versions", "config")
     return {

@@ -19,7 +19,7 @@ def by_target(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class AgainstControl:
     """A guided attack against a random control on the same samples.
 
     Attributes:
@@ -82,7 +82,7 @@ def area_differences(pairs: Sequence[tuple[AttackResult, AttackResult]]) -> np.n
     return np.array([area(r) - area(other) for r, other in pairs])
 
 
-def compare(runs: Sequence[Run]) -> list[Comparison]:
+def against_controls(runs: Sequence[Run]) -> list[AgainstControl]:
     """Every guided attack against every random control on the same target, paired by sample id.
 
     Corruptions, attacks that try what they try whatever the model says, and controls that may do something else or are
@@ -94,5 +94,5 @@ def compare(runs: Sequence[Run]) -> list[Comparison]:
             for guided in (run for run in group if run.is_guided and run.rules == control.rules):
                 pairs = shared(guided, control)
                 success, area = bootstrap(success_differences(pairs)), bootstrap(area_differences(pairs))
-                found.append(Comparison(guided, control, len(pairs), success, area))
+                found.append(AgainstControl(guided, control, len(pairs), success, area))
     return found
