@@ -278,7 +278,7 @@ class Table:
             figures = (figure(known.figures.get(column.metric), column.unit) for column in columns)
             lines.append(Line(2, [known.name, "", *figures]))
         how = (
-            "Means over the seeds; in brackets the 95 % bootstrap interval over samples, in parentheses the smallest "
+            "Means over the seeds; in brackets the 95 % interval over samples, in parentheses the smallest "
             "and the largest of the seeds."
         )
         return TextTable(f"{self.caption} {how}", [self.row, "seeds", *heads], lines)

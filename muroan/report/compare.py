@@ -458,7 +458,7 @@ def grids(comparison: Comparison) -> list[TextTable]:
     found = [
         _by_attack(
             comparison,
-            "What the attacks reach; intervals are 95 % bootstrap intervals.",
+            "What the attacks reach; intervals are of 95 %.",
             ["seeds", "n"],
             outcome,
         ),
