@@ -14,6 +14,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from conftest import ROOT, environment
 from PIL import Image
 
 from muroan.attacks.base import Kind
-from muroan.certification import CertificateFolder, summarise
+from muroan.certification import Certificate, CertificateFolder, summarise
 from muroan.metrics import columns
 from muroan.report.cells import METRICS, Cell, Entry, Known, Table, columns_within, read_cell, side_by_side
 from muroan.results import AttackResult, Count, RunFolder
@@ -269,6 +270,33 @@ def run(workplace: Path, name: str, *words: str, check: bool = True) -> subproce
 
 
 @pytest.mark.xdist_group("experiments")
+def test_certificates_within_reach(monkeypatch):
+    """By hand: 10 pixels and 4 tokens; what flips is smallest at 3 pixels and at 2 tokens."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    within_reach = runpy.run_path(str(ROOT / "experiments/certified.py"))["within_reach"]
+    n = {"image": 10, "text": 4}
+
+    def certificate(index: int, image: int, text: int, predicted: int = 1) -> Certificate:
+        alone, joint = {"image": image, "text": text}, {"image": 0, "text": 0}
+        return Certificate(str(index), index, 1, n, n, predicted, 0.9, 0.1, joint, alone, {}, {"text": [1, 1, 1, 2]})
+
+    def flip(index: int, *regions: tuple[str, tuple[int, ...], tuple[int, ...]], after: int = 0) -> AttackResult:
+        return AttackResult(str(index), index, "x", 1, 1, after, "flipped", list(regions))
+
+    flips = [
+        flip(0, ("image", (0,), (3,))),
+        flip(1, ("image", (4,), (9,)), ("image", (2,), (4,))),  # seven
+        flip(2, ("text", (3,), (4,))),  # a word of two tokens
+        flip(3, ("image", (0,), (1,)), ("text", (0,), (1,))),  # both: says nothing of one alone
+        flip(4, ("image", (0,), (1,)), after=1),  # moved the embedding, not the label
+    ]
+    run = SimpleNamespace(records=flips)
+    known = [(2, 1), (3, 0), (0, 2), (5, 3)]
+    assert within_reach([certificate(i, *sizes) for i, sizes in enumerate(known)] + [certificate(4, 0, 0)], run) == 3
+    wrong = certificate(1, 9, 4, predicted=0)
+    assert within_reach([certificate(0, 2, 1), wrong, certificate(2, 0, 2)], run) == 1, "the vote is wrong there"
+
+
 class TestCommands:
     def test_a_killed_table_goes_on(self, workplace):
         own = environment(PYTHONPATH=str(ROOT))
