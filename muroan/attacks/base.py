@@ -175,6 +175,7 @@ class AttackedSample:
     proven: bool | None = None
     info: dict[str, Any] = field(default_factory=dict)
     below: Below = field(default_factory=dict, repr=False)
+    _universe: list[Region] | None = field(default=None, init=False, repr=False)  # what `draw` draws from
 
     def flipped(self, response: Response) -> bool:
         return response.label != self.label
@@ -222,7 +223,9 @@ class AttackedSample:
 
     def draw(self, parts: int) -> Removal:
         """A removal of up to `parts` regions drawn uniformly from the universe."""
-        universe = self.universe()
+        if self._universe is None:
+            self._universe = self.universe()
+        universe = self._universe
         picks = self.rng.choice(len(universe), min(parts, len(universe)), replace=False)
         return Removal.of(*(universe[i] for i in picks))
 
