@@ -151,7 +151,10 @@ class RecordingCallback(pl.Callback):
             MuroanError: there are none, since no sample could be read.
         """
         trainer.strategy.barrier("all records are written")
-        if not self._folder.records() and (why := next(iter(self._folder.unreadable().values()), "")):
+        why = ""
+        if trainer.is_global_zero and not self._folder.records():
+            why = next(iter(self._folder.unreadable().values()), "")
+        if why := trainer.strategy.broadcast(why):  # else the first process would wait for the others in vain
             raise MuroanError(f"no test sample could be read, of {self.total}; the first: {why}")
         if trainer.is_global_zero:
             self.records = self._folder.finish(**told)
@@ -246,7 +249,8 @@ class AttackCallback(RecordingCallback):
             for key, figure in (value if isinstance(value, dict) else {name: value}).items():
                 pl_module.log(f"attack/{key}", figure.float(), rank_zero_only=True)
         disagreements = torch.tensor(self.engine.statistics.disagreements, device=pl_module.device)
-        self.finish(trainer, disagreements=int(trainer.strategy.reduce(disagreements, reduce_op="sum")))
+        found = int(trainer.strategy.reduce(disagreements, reduce_op="sum"))
+        self.finish(trainer, disagreements=found + self._folder.run.get("disagreements", 0))  # before it went on
 
     def close(self) -> None:
         self.engine.close()

@@ -149,8 +149,8 @@ def pooled(
     Models of all seeds are attacked on the same samples, and what is hard to flip in one is hard in the others. So
     samples are drawn once for all seeds; the seeds themselves are not resampled.
 
-    A rate of 0 or 100 % is the same in every resample, though another sample may well differ. Its interval is that of
-    Clopper and Pearson (Biometrika 1934) for as many samples.
+    A rate of 0 or 100 % is the same in every resample, though another sample may well differ. So the interval of a rate
+    reaches as far from its ends as that of Clopper and Pearson (Biometrika 1934) does there, for as many samples.
 
     Args:
         seeds: for each, one number a sample by its id, NaN where the sample has no say.
@@ -178,9 +178,9 @@ def pooled(
     tails = [100 * (1 - level) / 2, 100 * (1 + level) / 2]
     low, high = np.percentile(spread, tails) if len(spread) else (np.nan, np.nan)
     value = np.mean([reduce_column(row, how) for row in table])
-    if how == "rate" and (found := set(table[~np.isnan(table)].tolist())) in ({0.0}, {100.0}):
+    if how == "rate":
         beyond = 100 * (1 - ((1 - level) / 2) ** (1 / (~np.isnan(table)).any(0).sum()))
-        low, high = (0.0, beyond) if found == {0.0} else (100 - beyond, 100.0)
+        low, high = min(low, 100 - beyond), max(high, beyond)
     named = {"value": value, "low": low, "high": high}
     return {key: None if np.isnan(x) else float(x) for key, x in named.items()}
 

@@ -271,9 +271,12 @@ class RecordFolder(ABC, Generic[R]):
                 f"{self.path} holds records of another configuration ({differing}): "
                 f"choose another folder with out=..., or start anew with rerun=true"
             )
+        kept: dict[str, Any] = {}
         if self.finished:
+            kept = {key: value for key, value in self.run.items() if key in ("unreadable", "disagreements")}
+            (self.path / "summary.json").unlink(missing_ok=True)  # of fewer records than there will be
             self.records_file.replace(self.path / f"{self.stem}.part-before.jsonl")
-        write_json(self.path / "run.json", {**run, "fingerprint": fingerprint(run["identity"])})
+        write_json(self.path / "run.json", {**run, **kept, "fingerprint": fingerprint(run["identity"])})
 
     def records(self) -> list[R]:
         """All records so far, one a sample, sorted by the samples' order."""
@@ -335,10 +338,10 @@ class RecordFolder(ABC, Generic[R]):
         self.close()
         records = self.records()
         read = {record.id for record in records}  # some perhaps at a second try, after an interruption
-        if unreadable := {id: why for id, why in self.unreadable().items() if id not in read}:
-            more["unreadable"] = sorted(unreadable.items())
-        if more:
-            write_json(self.path / "run.json", {**self.run, **more})
+        unreadable = sorted((id, why) for id, why in self.unreadable().items() if id not in read)
+        if (self.path / "run.json").exists():
+            about = {key: value for key, value in self.run.items() if key != "unreadable"}
+            write_json(self.path / "run.json", {**about, **more, **({"unreadable": unreadable} if unreadable else {})})
         write_records(self.records_file, records)
         for part in self.path.glob("*.part-*.jsonl"):
             part.unlink()

@@ -179,12 +179,12 @@ class TestSeeds:
         assert row.value("decoupled_fraction_median") == 2.0
 
     def test_the_interval_is_over_samples(self, tmp_path):
-        write_run(tmp_path / "a", "guided", [1, 1, 0, 0], seed=0, weights="w0")
-        write_run(tmp_path / "b", "guided", [3, 3, 3, 3], seed=1, weights="w1")
+        write_run(tmp_path / "a", "guided", [1, 1, 0, 0] * 10, seed=0, weights="w0")
+        write_run(tmp_path / "b", "guided", [3, 3, 3, 3] * 10, seed=1, weights="w1")
         ((row,),) = (target.rows for target in compared(tmp_path).targets)
         estimate = row.summary["attack_success_rate"]
         # All of seed 1 flipped in any resample: only seed 0 spreads, and counts half.
-        alone = bootstrap(np.array([100.0, 100, 0, 0]))
+        alone = bootstrap(np.array([100.0, 100, 0, 0] * 10))
         assert estimate["low"] == pytest.approx((alone["low"] + 100) / 2)
         assert estimate["high"] == pytest.approx((alone["high"] + 100) / 2)
 

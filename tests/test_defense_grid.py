@@ -498,9 +498,9 @@ def test_what_an_attack_on_some_adds(tmp_path: Path) -> None:
     run(tmp_path, "stronger", [2, 0, 2, 0], "hard", seed=3)
     found = grid(tmp_path)
     (more,) = found.further
-    assert (more.attack, more.seeds) == ("stronger", [3])
-    held = {d.name: figures["robust_accuracy"]["value"] for d, figures in more.held}
-    assert held == {"undefended": 0.0, "plain_training": 25.0, "hard": 25.0}
+    assert more.attack == "stronger"
+    held = {d.name: (seeds, figures["robust_accuracy"]["value"]) for d, seeds, figures in more.held}
+    assert held == {"undefended": ([3], 0.0), "plain_training": ([3], 25.0), "hard": ([3], 25.0)}
     ((hard, control, difference),) = more.differences
     assert (hard.name, control.name) == ("hard", "plain_training")
     assert difference.robust["value"] == 0.0
@@ -517,6 +517,36 @@ def test_what_an_attack_on_some_adds(tmp_path: Path) -> None:
     assert (apart["seeds"], float(apart["robust_accuracy"]), apart["verdict"]) == ("3", 25.0, "")
     assert float(lines["hard", "worst case"]["robust_accuracy"]) == 75.0
     assert ("modality_dropout", "worst case with stronger") not in lines
+
+
+def test_an_attack_on_other_seeds_takes_nothing_away(tmp_path: Path) -> None:
+    """Whether only some were attacked by it, or all, but each in a seed of its own."""
+    for seed in (0, 3):
+        run(tmp_path, "decoupling", [1, 1, 1, 1], "plain_training", control=True, seed=seed)
+        run(tmp_path, "decoupling", [0, 0, 0, 1], "hard", seed=seed)
+        run(tmp_path, "decoupling", [0, 0, 1, 1], "other", seed=seed)
+    run(tmp_path, "stronger", [1, 1, 1, 1], "plain_training", control=True, seed=0)
+    run(tmp_path, "stronger", [0, 0, 1, 1], "hard", seed=0)
+    before = grid(tmp_path)
+    ((_, _, difference),) = before.further[0].differences
+    assert difference.robust["value"] == 50
+    run(tmp_path, "stronger", [1, 1, 1, 0], "other", seed=3)
+    after = grid(tmp_path)
+    assert after.attacks == before.attacks == ["decoupling"]
+    assert [verdict.line for verdict in after.verdicts] == [verdict.line for verdict in before.verdicts]
+    assert after.further[0].differences[0][2] == difference
+    assert after.further[0].line.startswith(
+        "With stronger added to the attacks, robust accuracy is 0.0 % plain_training (control) (seed 0), 50.0 % hard "
+        "(seed 0), 0.0 % other (seed 3); hard against plain_training +50.0 points"
+    )
+    assert not after.left_out
+
+    run(tmp_path, "stronger", [1, 1, 1, 0], "other", seed=0)  # now all have a seed in common
+    common = grid(tmp_path)
+    assert set(common.attacks) == {"decoupling", "stronger"}
+    assert common.said[-1] == (
+        "Not in the worst case, as not all of its attacks were run there: seed 3 of plain_training, hard."
+    )
 
 
 def test_every_pair_in_full(tmp_path: Path) -> None:
@@ -581,3 +611,37 @@ def test_files(tmp_path: Path) -> None:
     assert tex.count("{") == tex.count("}")
     assert all(line.count("&") == 9 for line in tex.splitlines() if re.search(r"(?<!\\)&", line))
     assert Image.open(tmp_path / "out/defenses.png").size[0] > 800
+
+
+def holding(path: Path, defense: str, seed: int, held: int, control: bool = True) -> None:
+    """A run of 40 samples under a defence, of which the first so many hold."""
+    run(path, "decoupling", [0] * held + [1] * (40 - held), defense, control=control, seed=seed)
+
+
+def test_the_control_that_was_better_in_every_seed_decides(tmp_path: Path) -> None:
+    """Another one is further ahead, but not in each."""
+    for seed, hard, other in [(0, 10, 40), (1, 12, 11)]:
+        holding(tmp_path, "hard", seed, hard, control=False)
+        holding(tmp_path, "plain_training", seed, other)
+    (verdict,) = grid(tmp_path).verdicts
+    assert (verdict.word, verdict.steady) == ("did not help", False)
+    assert "hard did worse than a control, but not in every seed: robust accuracy -36.2 points" in verdict.line
+    for seed, other in [(0, 18), (1, 20)]:
+        holding(tmp_path, "modality_dropout", seed, other)
+    (verdict,) = grid(tmp_path).verdicts
+    assert verdict.word == "did worse"
+    assert "against modality_dropout (by seed -20.0, -20.0), p 0.004" in verdict.line
+    alone = {control.name: difference.p for control, difference in verdict.against}
+    assert alone["plain_training"] < alone["modality_dropout"]
+
+
+def test_the_control_that_stands_against_a_gain_is_named(tmp_path: Path) -> None:
+    for seed, hard, dropout, plain in [(0, 20, 14, 1), (1, 20, 13, 21)]:
+        holding(tmp_path, "hard", seed, hard, control=False)
+        holding(tmp_path, "modality_dropout", seed, dropout)
+        holding(tmp_path, "plain_training", seed, plain)
+    (verdict,) = grid(tmp_path).verdicts
+    assert verdict.word == "did not help"
+    assert verdict.p < 0.05
+    assert "hard did not help beyond its controls in every seed: robust accuracy +22.5 points" in verdict.line
+    assert "against plain_training (by seed +47.5, -2.5)" in verdict.line

@@ -292,9 +292,15 @@ def test_certificates_within_reach(monkeypatch):
     ]
     run = SimpleNamespace(records=flips)
     known = [(2, 1), (3, 0), (0, 2), (5, 3)]
-    assert within_reach([certificate(i, *sizes) for i, sizes in enumerate(known)] + [certificate(4, 0, 0)], run) == 3
+    certificates = [certificate(i, *sizes) for i, sizes in enumerate(known)] + [certificate(4, 0, 0)]
+    assert within_reach([(certificates, run)]) == 3
     wrong = certificate(1, 9, 4, predicted=0)
-    assert within_reach([certificate(0, 2, 1), wrong, certificate(2, 0, 2)], run) == 1, "the vote is wrong there"
+    assert within_reach([([certificate(0, 2, 1), wrong, certificate(2, 0, 2)], run)]) == 1, "the vote is wrong there"
+    held = SimpleNamespace(records=[replace(flip, status="held", adversarial_label=1) for flip in flips])
+    assert within_reach([(certificates, held)]) == 0
+    assert within_reach([(certificates, run), (certificates, held)]) == 6, "what flips one seed could flip another"
+    both = replace(certificate(0, 1, 0), joint={"image": 1, "text": 1})
+    assert within_reach([([both, certificate(3, 0, 0)], SimpleNamespace(records=[flips[3]]))]) == 1
 
 
 class TestCommands:

@@ -213,8 +213,17 @@ class TestBootstrap:
         seeds = [dict.fromkeys("abc", 100.0), {**dict.fromkeys("bcd", 100.0), "e": np.nan}]
         assert pooled(seeds, "rate")["low"] == pytest.approx(bootstrap(np.full(4, 100.0), "rate")["low"])
         assert pooled(seeds, "rate")["high"] == 100
-        seeds[0]["a"] = 0.0
-        assert pooled(seeds, "rate") == pooled(seeds, "mean")
+
+    @pytest.mark.parametrize("seeds", [1, 3])
+    def test_of_a_rate_one_more_never_lowers_an_end(self, seeds):
+        """The bootstrap alone is narrower at 1 of 100 than what is left open at 0 of 100."""
+        columns = [np.array([100.0] * k + [0.0] * (100 - k)) for k in (0, 1, 2, 3, 50, 97, 98, 99, 100)]
+        others = [dict(enumerate(columns[0])) for _ in range(seeds - 1)]
+        for low_or_high in ("low", "high"):
+            ends = [pooled([*others, dict(enumerate(column))], "rate")[low_or_high] for column in columns]
+            assert ends == sorted(ends)
+        middle = columns[4]
+        assert bootstrap(middle, "rate") == bootstrap(middle, "mean"), "far from the ends nothing is changed"
 
     def test_like_the_textbook(self):
         """The percentile interval of a mean is close to the normal one."""

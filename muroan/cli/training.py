@@ -60,7 +60,7 @@ def harden(config: DictConfig) -> None:
         start = find_checkpoint(config, model, option="hardening.start")
     if start is not None:
         load_weights(model, start)
-        begin_from(config, start, weights_hash(model))
+        begin_from(config, start, told_weights(start) or weights_hash(model))
     check_texts(data, model)
     if config.rerun and config.defense.get("folder"):
         forget_set(Path(config.defense.folder))
@@ -177,8 +177,16 @@ def already_trained(config: DictConfig, command: str) -> bool:
     return False
 
 
+def told_weights(checkpoint: Path) -> str | None:
+    """The hash of a checkpoint's weights as the training beside it tells; None for one that is not its outcome."""
+    beside = checkpoint.parent / "summary.json"
+    if checkpoint.name != "best.ckpt" or not beside.is_file():
+        return None
+    return json.loads(beside.read_text()).get("weights")
+
+
 def begin_from(config: DictConfig, start: Path, weights: str) -> None:
-    """Note the weights that a hardening begins from.
+    """Note the weights that a hardening begins from, by the hash that is told of them.
 
     Raises:
         MuroanError: the folder holds one that is not done and began from others.
@@ -195,10 +203,10 @@ def begin_from(config: DictConfig, start: Path, weights: str) -> None:
 def _check_start(out: Path, summary: Mapping[str, Any]) -> None:
     """Refuse to take a finished hardening for one of a model that was trained again since, to other weights."""
     start, before = summary.get("start"), summary.get("start_weights")
-    if start is None or before is None or not (beside := Path(start).parent / "summary.json").is_file():
+    if start is None or before is None:
         return
-    weights = json.loads(beside.read_text())["weights"]
-    if weights != before:
+    weights = told_weights(Path(start))
+    if weights not in (None, before):
         raise MuroanError(_other_start(out, Path(start), before, weights))
 
 
@@ -234,7 +242,6 @@ def fit(
         start: the checkpoint whose weights the model has been given.
     """
     import pytorch_lightning as pl
-    import torch
     from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 
     from muroan.defenses.base import Defense
@@ -263,8 +270,6 @@ def fit(
     cost = module.total_cost() if isinstance(module, Defense) else None
     load_weights(module.model, out / "best.ckpt")
     (metrics,) = trainer.test(module, data, verbose=False)
-    left_out = torch.tensor([len(found) for found in module.unreadable.values()], device=module.device)
-    counts = trainer.strategy.reduce(left_out, reduce_op="sum").tolist()  # type: ignore[union-attr]
     if not trainer.is_global_zero:
         return
     best = float(keep.best_model_score)  # type: ignore[arg-type]
@@ -274,8 +279,8 @@ def fit(
         "weights": weights_hash(module.model),
         "versions": versions(),
     }
-    if any(counts):
-        summary["unreadable"] = dict(zip(module.unreadable, counts, strict=True))
+    if any(module.unreadable.values()):
+        summary["unreadable"] = {split: len(found) for split, found in module.unreadable.items()}
         log.warning("samples that could not be read were left out: %s", left_out_of(summary))
     if cost is not None:
         summary["accuracy"] = {"test": metrics["test/accuracy"]}

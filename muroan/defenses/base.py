@@ -138,9 +138,11 @@ class Defense(MultimodalModule):
         self.cost.seconds, self._clock = self.cost.seconds + now - self._clock, now
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["cost"] = asdict(self.cost)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         self.cost = Cost(**checkpoint["cost"])
 
     def total_cost(self) -> Cost:

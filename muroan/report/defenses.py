@@ -234,7 +234,9 @@ class Verdict:
             return f"{self.defense.name}: {lacking}, so that no claim can be made."
         judged, robust, area = self.beyond.decisive, self.beyond.robust, self.beyond.area
         what = f"{self.word} {'than a control' if self.word == 'did worse' else 'beyond its controls'}"
-        what += " in every seed" if self.p < LEVEL and not self.steady else ""
+        if self.p < LEVEL and not self.steady:
+            worse = self.beyond.points < 0
+            what = "did worse than a control, but not in every seed" if worse else f"{what} in every seed"
         what += ", though flips need larger removals" if self.larger and not self.helped else ""
         gains = f"robust accuracy {_points(robust)} against {self.control.name}{self.beyond.each}"
         if judged is not robust:
@@ -258,27 +260,32 @@ class Further:
     """What is left where an attack is added to those that all hardened models were attacked by.
 
     Attributes:
-        attack: only the models here were attacked by it; seeds: those that all of these have.
-        held: the models, and their figures under all of these attacks together; see `Grid.worst`.
+        attack: only the models here were attacked by it.
+        held: the models, the seeds, and the figures under all of these attacks together; see `Grid.worst`. The seeds
+            are those that all of these have, or, where there are none, each model's own.
         differences: of a defence to a control of its.
     """
 
     attack: str
-    seeds: Sequence[Any]
-    held: Sequence[tuple[Defended, dict[str, Estimate]]]
+    held: Sequence[tuple[Defended, Sequence[Any], dict[str, Estimate]]]
     differences: Sequence[tuple[Defended, Defended, Difference]]
 
     @property
     def line(self) -> str:
         """The finding in one line."""
-        metric = "robust_to_valid" if all(d.judged for d, _ in self.held) else "robust_accuracy"
-        held = ", ".join(f"{figure(worst[metric]['value'], 'rate')} % {_title(d)}" for d, worst in self.held)
+        metric = "robust_to_valid" if all(d.judged for d, _, _ in self.held) else "robust_accuracy"
+        over = list(dict.fromkeys(_seeds(seeds) for _, seeds, _ in self.held))
+        held = ", ".join(
+            f"{figure(worst[metric]['value'], 'rate')} % {_title(d)}{f' ({_seeds(seeds)})' if len(over) > 1 else ''}"
+            for d, seeds, worst in self.held
+        )
         each = "".join(
             f"; {d.name} against {c.name} {_points(found.decisive)}{found.each}, p {probability(found.p)}"
             for d, c, found in self.differences
         )
         what = " to valid flips" if metric == "robust_to_valid" else ""
-        return f"With {self.attack} added to the attacks ({_seeds(self.seeds)}), robust accuracy{what} is {held}{each}."
+        where = f" ({over[0]})" if len(over) == 1 else ""
+        return f"With {self.attack} added to the attacks{where}, robust accuracy{what} is {held}{each}."
 
 
 @dataclass(frozen=True)
@@ -312,12 +319,25 @@ class Grid:
         for name in (name for name, row in rows.items() if name not in self.attacks and row.kind == "removal"):
             attacks = [*self.attacks, name]
             own = [d for d in self.defenses if name in d.attacks]
-            if seeds := sorted(set.intersection(*(set(d.seeds(attacks)) for d in own)), key=str):
-                held = [(d, self.worst(d, attacks, seeds)) for d in own]
-                pairs = [(d, c) for d in own if not (d.control or d.undefended) for c in own if c.controls(d)]
-                each = [(d, c, self.difference(d, c, attacks, seeds)) for d, c in pairs]
-                found.append(Further(name, seeds, held, [(d, c, x) for d, c, x in each if x is not None]))
+            shared = sorted(set.intersection(*(set(d.seeds(attacks)) for d in own)), key=str)
+            run_on = [(d, shared or d.seeds(attacks)) for d in own]
+            held = [(d, seeds, self.worst(d, attacks, seeds)) for d, seeds in run_on if seeds]
+            pairs = [(d, c) for d in own if not (d.control or d.undefended) for c in own if c.controls(d)]
+            each = [(d, c, self.difference(d, c, attacks, shared)) for d, c in pairs]
+            if held:
+                found.append(Further(name, held, [(d, c, x) for d, c, x in each if x is not None]))
         return found
+
+    @property
+    def left_out(self) -> str:
+        """Which seeds of which models have no worst case, since not all of its attacks were run on them."""
+        places: dict[str, list[str]] = {}
+        for defense in self.defenses:
+            every = {run.about.get("seed") for row in defense.removals(self.attacks) for run in row.runs}
+            if left := sorted(every - set(defense.seeds(self.attacks)), key=str):
+                places.setdefault(_seeds(left), []).append(defense.name)
+        told = "; ".join(f"{seeds} of {', '.join(names)}" for seeds, names in places.items())
+        return f"Not in the worst case, as not all of its attacks were run there: {told}." if told else ""
 
     def worst(self, defense: Defended, attacks: Sequence[str] = (), seeds: Sequence[Any] = ()) -> dict[str, Estimate]:
         """Clean and robust accuracies, and the curve area under several removal attacks together.
@@ -337,7 +357,8 @@ class Grid:
     @property
     def said(self) -> list[str]:
         """The findings, a line each."""
-        return [*(verdict.line for verdict in self.verdicts), *(more.line for more in self.further)]
+        lines = [*(verdict.line for verdict in self.verdicts), *(more.line for more in self.further)]
+        return [*lines, self.left_out] if self.left_out else lines
 
     def difference(
         self, a: Defended, b: Defended, attacks: Sequence[str] = (), seeds: Sequence[Any] = ()
@@ -400,13 +421,16 @@ def _judged(defense: Defended, gain: Difference | None, controls: Sequence[tuple
     p_larger = max(beyond.p_larger for _, beyond in ranked) if larger else 1.0
     worse = [pair for pair in ranked if pair[1].points < 0]
     if worse:
-        control, beyond = min(worse, key=lambda pair: pair[1].p)
-        p, steady = min(1.0, beyond.p * len(controls)), max(beyond.by_seed.values()) < 0
+        steadily = [pair for pair in worse if max(pair[1].by_seed.values()) < 0]
+        control, beyond = min(steadily or worse, key=lambda pair: pair[1].p)
+        p, steady = min(1.0, beyond.p * len(controls)), bool(steadily)
     elif ranked[0][1].points == 0:
         (control, beyond), p, steady = ranked[0], 1.0, True
     else:
         control, beyond = max(ranked, key=lambda pair: pair[1].p)
         p, steady = beyond.p, all(points > 0 for _, other in ranked for points in other.by_seed.values())
+        if not steady and p < LEVEL:  # the one that stands against it
+            control, beyond = min(ranked, key=lambda pair: min(pair[1].by_seed.values()))
     return Verdict(defense, gain, controls, control, beyond, p, p_larger, steady)
 
 
@@ -428,11 +452,25 @@ def grids(runs: Sequence[Run]) -> list[Grid]:
         defenses = _defenses(own)
         if all(d.undefended for d in defenses):
             continue
-        hardened = [set(d.attacks) for d in defenses if not d.undefended]
-        common = set.intersection(*hardened)
-        order = dict.fromkeys(name for d in defenses for name in d.attacks)
-        found.append(Grid(*place, defenses, [name for name in order if name in common]))
+        found.append(Grid(*place, defenses, _common(defenses)))
     return found
+
+
+def _common(defenses: Sequence[Defended]) -> list[str]:
+    """The attacks that all hardened models were attacked by, less removals that would leave these no seed in common."""
+    hardened = [d for d in defenses if not d.undefended]
+    order = dict.fromkeys(name for d in defenses for name in d.attacks)
+    names = [name for name in order if all(name in d.attacks for d in hardened)]
+
+    def shared(attacks: Sequence[str]) -> set[Any]:
+        return set.intersection(*(set(d.seeds(attacks)) for d in hardened))
+
+    def without(name: str) -> tuple[int, int]:
+        return len(shared([n for n in names if n != name])), -sum(len(d.attacks[name].runs) for d in hardened)
+
+    while len(removals := [row.name for row in hardened[0].removals(names)]) > 1 and not shared(names):
+        names.remove(max(removals, key=without))
+    return names
 
 
 def _defenses(runs: Sequence[Run]) -> list[Defended]:
@@ -600,6 +638,8 @@ def _seeds(seeds: Iterable[Any]) -> str:
 def _points(estimate: Estimate) -> str:
     if estimate["value"] is None:
         return "not to be had"
+    if estimate["value"] == estimate["low"] == estimate["high"] == 0:
+        return "+0.0 points (the same on every sample)"  # which another sample need not be
     return f"{estimate['value']:+.1f} points [{estimate['low']:+.1f}, {estimate['high']:+.1f}]"
 
 
@@ -641,7 +681,8 @@ NOTE = (
     "that a defence and a control share (of one seed, McNemar's): the largest over the controls where it is better "
     "than all, the smallest times their number where it is worse than one; after Holm's correction over the defences "
     "of the model. A defence helped, or did worse, if p is below 0.05 and if it did in every seed: p tells of other "
-    "samples, and only the seeds of other trainings. Cost: samples trained on, repeats counted, passes of the "
+    "samples, and only the seeds of other trainings. In the lines on an attack that only some models were attacked "
+    "by, p is that of the pair alone, uncorrected. Cost: samples trained on, repeats counted, passes of the "
     "training's own attack, wall time; means over seeds. Brackets after a figure: 95 % interval over samples, by the "
     "bootstrap; of a rate of 0 or 100 % that of Clopper and Pearson."
 )
@@ -722,9 +763,9 @@ def _lines(found: Sequence[Grid]) -> list[list[object]]:
             said = ["", ""] if verdict is None else [verdict.word, verdict.larger]
             worst = [(WORST, grid.attacks, defense.seeds(grid.attacks), grid.worst(defense), said)]
             for more in grid.further:
-                held = [figures for other, figures in more.held if other is defense]
+                held = [(seeds, figures) for other, seeds, figures in more.held if other is defense]
                 named = f"{WORST} with {more.attack}", [*grid.attacks, more.attack]
-                worst += [(*named, list(more.seeds), figures, ["", ""]) for figures in held]
+                worst += [(*named, list(seeds), figures, ["", ""]) for seeds, figures in held]
             for name, attacks, run_on, figures, said in worst:
                 alone = {seed: grid.worst(defense, attacks, [seed]) for seed in run_on}
                 by_seed = [json.dumps({seed: f[metric]["value"] for seed, f in alone.items()}) for metric in BY_SEED]

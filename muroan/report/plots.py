@@ -239,14 +239,20 @@ def budgets(targets: Sequence[tuple[str, Sequence[tuple[str, Sequence[Run]]]]]) 
 
     Args:
         targets: for each target, its name and its attacks: what an attack is called, and its runs, one a seed.
-            Attacks of one name share a colour; where two targets have no name in common, each has a legend of its own.
+            Attacks of one name share a colour. Where some targets have nothing to do with others (no name in common,
+            nor each with a third), each has a legend of its own.
 
     Returns:
         A PNG with bootstrap bands; the same bytes for the same records.
     """
-    own = [[name for name, _ in attacks] for _, attacks in targets if attacks]
-    apart = any(not {*one} & {*other} for one, other in itertools.combinations(own, 2))
-    names = [] if apart else list(dict.fromkeys(itertools.chain(*own)))
+    related: list[list[str]] = []  # names that have to do with each other, in order
+    for own in ([name for name, _ in attacks] for _, attacks in targets if attacks):
+        touched = [group for group in related if {*group} & {*own}]
+        related = [group for group in related if group not in touched]
+        related.append(list(dict.fromkeys(itertools.chain(*touched, own))))
+    apart = len(related) > 1
+    places = {name: place for group in related for place, name in enumerate(group)}
+    names = [] if apart else list(places)
     wide = max((len(name) for name in names), default=0) > 44
     lines = -(-len(names) // (1 if wide else 3))
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
@@ -272,10 +278,10 @@ def budgets(targets: Sequence[tuple[str, Sequence[tuple[str, Sequence[Run]]]]]) 
         left, right = (least / 1.6, min(108.0, 1.6 * most)) if side == 0 else (max(0.8, least / 1.6), 1.6 * most)
         for (title, _), attacks, axes in zip(targets, curves, grid[:, side], strict=True):
             found_here: dict[str, Artist] = {}
-            for place, (name, seeds) in enumerate(attacks):
+            for name, seeds in attacks:
                 seeds = [(np.maximum(seed, left), ids) for seed, ids in seeds if len(seed)]
                 if seeds:
-                    found_here[name] = _success(axes, seeds, left, right, place if apart else names.index(name))
+                    found_here[name] = _success(axes, seeds, left, right, places[name])
             if not any(np.isfinite(seed).any() for _, seeds in attacks for seed, _ in seeds):
                 axes.text(0.5, 0.5, "no sample was flipped", transform=axes.transAxes, ha="center", color=MUTED[False])
             _dress(axes, left, right, False)

@@ -30,7 +30,7 @@ class MultimodalModule(pl.LightningModule):
     Logs `train/loss`, `val/loss`, `val/accuracy` and `test/accuracy` (percent).
 
     Attributes:
-        unreadable: of each split, why samples of this process were left out, by their ids.
+        unreadable: of each split, why samples were left out, by their ids; of all processes since the end of an epoch.
 
     Raises:
         MuroanError: at the end of an epoch, no sample of a split could be read.
@@ -110,11 +110,27 @@ class MultimodalModule(pl.LightningModule):
         self.unreadable[split].update(batch.bad)
 
     def _check_read(self, split: str) -> None:
-        counts = torch.tensor([self._read[split], len(self.unreadable[split])], device=self.device)
+        counts = torch.tensor([self._read[split], sum(map(len, self.unreadable.values()))], device=self.device)
         read, left_out = self.trainer.strategy.reduce(counts, reduce_op="sum").tolist()
-        if left_out and not read:
-            why = next(iter(self.unreadable[split].values()), "on another process")
-            raise MuroanError(f"no sample of {split} could be read, of {left_out}; the first: {why}")
+        if left_out:
+            self._share_unreadable()  # by now, as checkpoints are the first process's
+        if not read and (why := next(iter(self.unreadable[split].values()), "")):
+            raise MuroanError(f"no sample of {split} could be read, of {len(self.unreadable[split])}; the first: {why}")
+
+    def _share_unreadable(self) -> None:
+        """Let all processes know what any could not read; a sample may come to another one in every epoch."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            found: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(found, self.unreadable)
+            for split, own in self.unreadable.items():
+                own.update({id: why for theirs in found for id, why in theirs[split].items()})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["unreadable"] = self.unreadable
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for split, known in checkpoint.get("unreadable", {}).items():
+            self.unreadable[split].update(known)
 
     def configure_optimizers(self) -> Any:
         decayed = [p for p in self.model.parameters() if p.requires_grad and p.ndim > 1]
