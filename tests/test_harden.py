@@ -18,7 +18,7 @@ from test_compare import rows_of
 
 from muroan import cli
 from muroan.cli.parts import other_hardening
-from muroan.cli.training import already_trained, begin_from
+from muroan.cli.training import already_trained, begin_from, told_weights
 from muroan.errors import MuroanError
 from muroan.results import read_records
 
@@ -103,6 +103,19 @@ def test_a_finished_one_is_not_hardened_again(hardened: Path, place: tuple[Path,
     folder, options = place
     done = muroan("harden", *HARDEN, *options, "defense=plain_training", cwd=folder)
     assert "already trained" in done.stdout
+
+
+@pytest.mark.slow
+def test_one_in_double_precision_is_not_hardened_again(place: tuple[Path, list[str]], tmp_path: Path) -> None:
+    """Its start's weights have another hash there than in the type that a model is made in."""
+    _, options = place
+    words = [*HARDEN, *options, "defense=plain_training", "device.precision=64-true", "tracker=none"]
+    shared = (f"folders.train={tmp_path / 'base'}", f"folders.harden={tmp_path / 'hardened'}")
+    words = [word for word in words if not word.startswith(("folders.", "out="))]
+    trained = [w for w in words if not w.startswith(("defense", "hardening"))]
+    muroan("train", *trained, *shared, cwd=tmp_path)
+    muroan("harden", *words, *shared, cwd=tmp_path)
+    assert "already trained" in muroan("harden", *words, *shared, cwd=tmp_path).stdout
 
 
 @pytest.mark.parametrize(
@@ -234,6 +247,16 @@ def test_a_hardening_of_a_model_that_was_trained_again_is_not_taken_for_its_own(
     config.rerun = True
     assert not already_trained(config, "harden")
     begin_from(config, start, "c" * 64)
+
+
+def test_which_weights_a_summary_tells_of(tmp_path):
+    """Those of the best epoch alone; and what else lies beside a checkpoint may be of another kind."""
+    assert told_weights(tmp_path / "best.ckpt") is None
+    (tmp_path / "summary.json").write_text(json.dumps({"weights": "ab"}))
+    assert told_weights(tmp_path / "best.ckpt") == "ab"
+    assert told_weights(tmp_path / "last.ckpt") is None
+    (tmp_path / "summary.json").write_text(json.dumps({"metrics": {}}))
+    assert told_weights(tmp_path / "best.ckpt") is None
 
 
 def test_a_checkpoint_of_another_training_is_not_taken_for_a_hardened_one(

@@ -59,6 +59,9 @@ def test_a_training_says_what_it_left_out(data: Path) -> None:
     assert "samples that could not be read were left out: 2 of train, 1 of test" in told(done)
     summary = json.loads((data.parent / "model/summary.json").read_text())
     assert summary["unreadable"] == {"train": 2, "val": 0, "test": 1}
+    (data.parent / "model/summary.json").unlink()  # as if it was killed during the test
+    train(data, "dataset.skip_bad=true")
+    assert json.loads((data.parent / "model/summary.json").read_text())["unreadable"] == summary["unreadable"]
     again = told(train(data, "dataset.skip_bad=true"))
     assert "trained without samples that could not be read: 2 of train, 1 of test" in again
     assert "already trained" in again
@@ -71,6 +74,18 @@ def test_a_training_says_what_it_left_out(data: Path) -> None:
     assert "Traceback" not in refused.stderr
     train(data, "rerun=true")
     assert "unreadable" not in json.loads((data.parent / "model/summary.json").read_text())
+
+
+def test_processes_count_what_neither_could_read_once(data: Path) -> None:
+    """A sample comes to another one in every epoch."""
+    spoil(data, "train", 2)
+    spoil(data, "val", 1)
+    spoil(data, "test", 3)
+    train(data, "dataset.skip_bad=true", "device=ddp_cpu", "training.epochs=6")
+    summary = json.loads((data.parent / "model/summary.json").read_text())
+    assert summary["unreadable"] == {"train": 2, "val": 1, "test": 3}
+    attack(data, "dataset.skip_bad=true", "device=ddp_cpu")
+    assert len(read_records(data.parent / "run/records.jsonl")) == 3
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
@@ -98,6 +113,12 @@ def test_an_attack_goes_on_when_samples_can_be_read(data: Path) -> None:
     refused = attack(data, check=False)
     assert "left 2 samples out that could not be read: trying them again" in told(refused)
     assert "sample 'test-0', image: image file" in told(refused), "they still cannot be"
+    run, summary = data.parent / "run/run.json", data.parent / "run/summary.json"
+    assert [id for id, _ in json.loads(run.read_text())["unreadable"]] == ["test-0", "test-1"]
+    assert not summary.exists(), "there are to be more records than it tells of"
+    assert "4 samples (2 more could not be read)" in told(attack(data, "dataset.skip_bad=true"))
+    assert [id for id, _ in json.loads(run.read_text())["unreadable"]] == ["test-0", "test-1"]
+    assert summary.exists()
     mend(data, "test")
     done = told(attack(data))
     assert "6 samples, 95 % intervals" in done
