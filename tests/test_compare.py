@@ -523,6 +523,20 @@ class TestPlot:
         assert not picture.legends
         assert picture.axes[2].get_xlabel().startswith("decoupled fraction")
 
+    def test_a_name_has_one_colour(self, tmp_path, monkeypatch):
+        """Also where the first target and the last share nothing, and beside one that has nothing to do with them."""
+        chain = {place: dict.fromkeys(names, "removal") for place, names in zip("xyz", ("ab", "bc", "cd"), strict=True)}
+        picture = self.drawn(chain, tmp_path / "one", monkeypatch)
+        assert [text.get_text() for legend in picture.legends for text in legend.get_texts()] == ["a", "b", "c", "d"]
+
+        def shades(picture: Figure) -> list[list[int]]:
+            return [[plots.COLOURS[0].index(line.get_color()) for line in axes.lines] for axes in picture.axes[::2]]
+
+        assert shades(picture) == [[0, 1], [1, 2], [2, 3]]
+        apart = self.drawn({**chain, "w": {"e": "removal"}}, tmp_path / "two", monkeypatch)
+        assert shades(apart) == [[0, 1], [1, 2], [2, 3], [0]]
+        assert not apart.legends
+
     def test_what_chooses_values_changes(self, tmp_path, monkeypatch):
         picture = self.drawn({"x": {"a": "perturbation", "b": "corruption"}}, tmp_path, monkeypatch)
         assert picture.axes[0].get_xlabel().startswith("changed fraction")
