@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from conftest import muroan
 from PIL import Image
 
-from muroan.results import read_records
+from muroan.callbacks import RecordingCallback
+from muroan.errors import MuroanError
+from muroan.results import RunFolder, read_records
 
 CHOSEN = ("dataset=manifest", "dataset.classes=[a,b]", "dataset.text=text", "dataset.image=picture")
 CHOSEN += ("dataset.image_size=[8,8]", "model=late_fusion", "training.epochs=1", "device=cpu", "tracker=none")
@@ -138,3 +143,15 @@ def test_an_attack_on_nothing_is_none(data: Path) -> None:
     assert "Traceback" not in done.stderr
     mend(data, "test")
     assert "6 samples, 95 % intervals" in told(attack(data))
+
+
+@pytest.mark.parametrize("why", ["", "sample 'test-0': torn"])
+def test_only_the_first_process_reads_the_folder_that_it_merges(why: str, tmp_path: Path) -> None:
+    """The others would find parts that it has begun to remove; all stop alike where nothing was read."""
+    callback = RecordingCallback("x", RunFolder, tmp_path / "no folder of this process's", {}, progress=False)
+    callback.total, callback._folder = 6, None  # type: ignore[assignment]
+    strategy = SimpleNamespace(barrier=lambda name: None, broadcast=lambda own: why)
+    trainer: Any = SimpleNamespace(is_global_zero=False, strategy=strategy)
+    stopped = pytest.raises(MuroanError, match="no test sample could be read, of 6; the first: sample")
+    with stopped if why else nullcontext():
+        callback.finish(trainer)
