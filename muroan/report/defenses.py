@@ -684,7 +684,7 @@ NOTE = (
     "samples, and only the seeds of other trainings. In the lines on an attack that only some models were attacked "
     "by, p is that of the pair alone, uncorrected. Cost: samples trained on, repeats counted, passes of the "
     "training's own attack, wall time; means over seeds. Brackets after a figure: 95 % interval over samples, by the "
-    "bootstrap; of a rate of 0 or 100 % that of Clopper and Pearson."
+    "bootstrap; of a rate, as far from 0 and 100 % as Clopper and Pearson's reaches there."
 )
 
 
