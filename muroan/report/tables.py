@@ -78,8 +78,8 @@ DEFINITIONS = {
     "alone; over those where that was checked.",
     "modality share": "flipped samples whose removal lies in one modality alone, or in several jointly; over flipped "
     "samples.",
-    "interval": "95 % percentile bootstrap over samples, 1000 resamples, fixed seed; that of a rate reaches as far from "
-    "0 and 100 % as Clopper and Pearson's does there, where all resamples are the same.",
+    "interval": "95 % percentile bootstrap over samples, 1000 resamples, fixed seed; that of a rate reaches as far "
+    "from 0 and 100 % as Clopper and Pearson's does there, where all resamples are the same.",
 }
 
 STATUSES = {
