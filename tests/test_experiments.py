@@ -269,7 +269,6 @@ def run(workplace: Path, name: str, *words: str, check: bool = True) -> subproce
     return done
 
 
-@pytest.mark.xdist_group("experiments")
 def test_certificates_within_reach(monkeypatch):
     """By hand: 10 pixels and 4 tokens; what flips is smallest at 3 pixels and at 2 tokens."""
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
@@ -303,6 +302,7 @@ def test_certificates_within_reach(monkeypatch):
     assert within_reach([([both, certificate(3, 0, 0)], SimpleNamespace(records=[flips[3]]))]) == 1
 
 
+@pytest.mark.xdist_group("experiments")
 class TestCommands:
     def test_a_killed_table_goes_on(self, workplace):
         own = environment(PYTHONPATH=str(ROOT))
