@@ -239,8 +239,8 @@ def budgets(targets: Sequence[tuple[str, Sequence[tuple[str, Sequence[Run]]]]]) 
 
     Args:
         targets: for each target, its name and its attacks: what an attack is called, and its runs, one a seed.
-            Attacks of one name share a colour. Where targets fall into groups without a name in common, each target has a
-            legend of its own, and colours begin anew in every group.
+            Attacks of one name share a colour. Where targets fall into groups without a name in common, each target has
+            a legend of its own, and colours begin anew in every group.
 
     Returns:
         A PNG with bootstrap bands; the same bytes for the same records.
