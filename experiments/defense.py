@@ -19,7 +19,7 @@ from sweep import OUT, Sweep
 from muroan.errors import MuroanError
 from muroan.report import defenses
 from muroan.report.cells import Cell
-from muroan.report.defenses import UNDEFENDED
+from muroan.report.defense_grid import UNDEFENDED
 
 DEFENSES = ["plain_training", "random_removal_augmentation", "valid_removal_augmentation", "modality_dropout"]
 DEFENSES += ["noise_augmentation"]

@@ -17,7 +17,8 @@ from test_compare import record, rows_of
 from muroan.errors import MuroanError
 from muroan.modalities import stable_seed
 from muroan.report import build
-from muroan.report.defenses import Grid, _drawn, grids, latex, markdown, overview, table, write
+from muroan.report.defense_grid import Grid, grids
+from muroan.report.defenses import _drawn, latex, markdown, overview, table, write
 from muroan.results import RunFolder
 from muroan.runs import find_runs
 

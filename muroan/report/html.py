@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from muroan.errors import MuroanError
-from muroan.report import defenses, examples, plots, tables
+from muroan.report import defense_grid, defenses, examples, plots, tables
 from muroan.report.paired import AgainstControl, against_controls, by_target
 from muroan.report.tables import figure, interval, whole
 from muroan.results import Count, write_json
@@ -76,7 +76,7 @@ def render(runs: Sequence[Run], comparisons: Sequence[AgainstControl], curve: by
     said, grids = warnings(runs, comparisons), []
     if any(run.about.get("defense") for run in runs):
         try:
-            grids = defenses.grids(runs)
+            grids = defense_grid.grids(runs)
         except MuroanError as error:  # of runs that are too many for a grid the rest of the page can still be told
             said.append(f"There is no table of defences: {error}")
     histograms, ticks = plots.query_histograms(runs)
