@@ -523,7 +523,10 @@ class QueryEngine:
             alone = [found.only(name) for name in found.modalities] if len(found.modalities) > 1 else []
             responses = yield from self._answer(live, Ask(one_less + alone, AUDIT))
             restored = [not self.attack.reached(sample.label, response) for response in responses]
-            result.one_minimal = all(restored[: len(one_less)])
+            result.one_minimal = all(
+                back or (self.attack.valid_only and valid is not None and valid(removal) is not True)
+                for back, removal in zip(restored, one_less, strict=False)
+            )
             result.interaction = all(restored[len(one_less) :]) if alone else None
         if self.still_valid is not None:
             result.still_valid = self.still_valid(sample, found)

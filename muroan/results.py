@@ -48,14 +48,15 @@ class AttackResult:
         removed, total: elements a modality, each removed one counted once.
         ledger: what was spent, by phase. The attack's own phases come first; `clean`, `verify` and `audit` are
             the engine's and no queries.
-        one_minimal: whether the goal is lost with any one part put back; None when not audited.
+        one_minimal: whether the goal is lost with any one part put back, be it that the label is no longer right where
+            that is part of the goal (`Attack.valid_only`); None when not audited.
         interaction: whether a removal across modalities flips while none of its one-modality parts does;
             None when the removal lies in one modality.
         kind: `removal`; `perturbation` (the attack chose new values, which is strictly stronger: `removed` then holds
             the changed elements, of a text the words replaced, left out or put in by the fewest edits); `corruption`
             (noise that nobody chose).
         distance: of a perturbation, a modality: `l2` and `linf` in units of the model's input.
-        proven: no removal in its universe that is smaller, by the attack's objective, flips; None when it
+        proven: no removal in its universe that is smaller, by the attack's objective, reaches the goal; None when it
             makes no such claim.
         still_valid: whether the label is still right after the removal, says the dataset; None when it cannot tell.
         trajectory: (queries, decoupled fraction in percent) at every flip in hand that the attack held for smaller than

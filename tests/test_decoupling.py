@@ -18,8 +18,9 @@ from torch import Tensor
 from toys import Blocks, Present, block, flips_when, leaves, logits, margins, stretch, subsets, threat, word
 
 import muroan
-from muroan.attacks.base import Ask
+from muroan.attacks.base import Ask, Attack
 from muroan.attacks.decoupling import SHORT, Decoupling, Hunt
+from muroan.attacks.greedy_occlusion import GreedyOcclusion
 from muroan.attacks.universe import Universe, ascending, cheaper
 from muroan.callbacks import AttackCallback
 from muroan.errors import MuroanError
@@ -40,7 +41,7 @@ def sound(i: int) -> Region:
     return stretch(50, i)
 
 
-def one(model: Blocks, attack: Decoupling | None = None, queries: int | None = 500, **options) -> AttackResult:
+def one(model: Blocks, attack: Attack | None = None, queries: int | None = 500, **options) -> AttackResult:
     options = {"threat_model": threat(queries, **SIDES), **options}
     (record,) = muroan.evaluate(model, [model.sample()], attack or Decoupling(), **options)
     return record
@@ -71,6 +72,17 @@ def assert_flips_and_is_one_minimal(model: Blocks, record: AttackResult) -> None
 def decoys(flip: Tensor, decoys: Tensor) -> Tensor:
     """Removing decoys takes the margin from 1 to 0.1 and never further; the flip shows in no single effect."""
     return torch.where(flip, -1.0, 0.1 + 0.9 * decoys.mean(1))
+
+
+def embedding_tells(*parts: Region) -> Blocks:
+    """Flips when these are gone and at most six blocks in all are; the embedding holds how much is left of each."""
+    cells = [pixels(y, x) for y, x in itertools.product(range(8), range(8))]
+
+    def fusion(p: Present) -> Tensor:
+        flip = p.gone(*parts) & ((p.share(*cells) > 0).sum(1) >= 58)
+        return torch.cat([p.share(*parts), torch.ones(len(flip), 1), flip[:, None].double()], 1)
+
+    return Blocks(lambda e: torch.stack([1 - e[:, -1], torch.full_like(e[:, 0], 0.5)], 1), fusion=fusion)
 
 
 DECOYS = pixels(0, 0), pixels(0, 7), pixels(7, 0), word(0), word(1)
@@ -104,6 +116,16 @@ TOYS: dict[str, tuple[Callable[[], Blocks], int]] = {
         lambda: flips_when(lambda p: p.gone(pixels(1, 2), word(1)) & ~p.gone(pixels(6, 6))),
         17,
     ),
+    "restored by a third block": (
+        lambda: flips_when(lambda p: p.gone(pixels(1, 2), pixels(6, 5)) & ~p.gone(pixels(2, 7))),
+        32,
+    ),
+    "xor of block and word, and a block": (
+        lambda: flips_when(lambda p: (p.gone(pixels(1, 2)) ^ p.gone(word(0))) & p.gone(pixels(6, 5))),
+        17,
+    ),
+    # The margin says nothing, and all at once does nothing: the embedding tells where to look.
+    "three, and most of the others there": (lambda: embedding_tells(pixels(1, 2), pixels(6, 5), pixels(2, 7)), 48),
     # 16 blocks and four words: within what single regions and pairs can reach.
     "restored by a neighbour": (
         lambda: flips_when(lambda p: p.gone(pixels(1, 2), word(1)) & ~p.gone(pixels(1, 3)), image=(16, 16), words=4),
@@ -141,6 +163,25 @@ def test_the_smallest_flip_is_found(name):
     assert record.queries <= 500
     assert_flips_and_is_one_minimal(model, record)
     assert size(record) == smallest
+
+
+GREEDY_FAILS = ["xor of blocks, and a word", "xor of block and word, and a block", "restored by a distant block"]
+GREEDY_FAILS += ["restored by a third block", "three, and most of the others there"]
+
+
+@pytest.mark.parametrize("name", GREEDY_FAILS)
+@pytest.mark.parametrize("rerank", [False, True])
+def test_greedy_search_fails_there(name, rerank):
+    """At the same budget, `greedy_occlusion` and its re-ranking form find no flip, or a larger one."""
+    make, smallest = TOYS[name]
+    record = one(make(), GreedyOcclusion(rerank=rerank))
+    assert not record.flipped or size(record) > smallest
+
+
+def test_without_the_embedding_that_flip_is_not_found(monkeypatch):
+    """Three of 64 blocks are one set of 41,664."""
+    monkeypatch.setattr(Hunt, "look_at_embedding", lambda hunt: None)
+    assert not one(TOYS["three, and most of the others there"][0]()).flipped
 
 
 @pytest.mark.parametrize("name", ["block and word", "two distant", "decoys, block and word", "sound and word"])
@@ -481,6 +522,7 @@ def test_what_another_goal_is_called(tmp_path):
         "": Decoupling(),
         "class number 2": Decoupling(target=2),
         "another fusion embedding": Decoupling(embedding="argmax"),
+        "another fusion embedding at a distance of 0.5": Decoupling(embedding=0.5),
         "another label with the old label still right": Decoupling(valid_only=True),
     }
     for goal, attack in goals.items():
@@ -608,6 +650,30 @@ def test_cheap_atoms_of_different_prices_prove_nothing_by_number():
     record = one(model, threat_model=threat(500, image=8, audio=3))
     assert record.removed == {"text": 2}
     assert record.proven
+
+
+@given(WEIGHTS, PAIRS, st.floats(0.1, 0.9))
+@settings(deadline=None, max_examples=30)
+def test_what_is_claimed_of_parts_is_true(weights, pairs, share):
+    """By brute force over the unions of ten regions: two halves, four blocks and four words."""
+    small = Small(polynomial(weights[:8], [p for p in pairs if max(p[:2]) < 8], share))
+    if not small.right:
+        return
+    halves = [Region("image", (0, 0), (1, 64)), Region("image", (0, 64), (1, 128))]
+    sets = subsets([*halves, *small.atoms])[1:]  # those of fewer regions first
+    flips = label_without(small.model, *sets)
+    fewest = next((len(s.regions) for s, flip in zip(sets, flips, strict=True) if flip), None)
+    record = small.attack(500, Decoupling(objective="parts"))
+    assert record.flipped == (fewest is not None)
+    if fewest is not None:
+        assert (len(record.regions), record.proven) == (fewest, True)
+
+
+def test_two_parts_are_the_fewest_when_every_region_was_asked():
+    record = one(TOYS["two words"][0](), Decoupling(objective="parts"))
+    assert (len(record.regions), record.proven) == (2, True)
+    three = one(TOYS["three"][0](), Decoupling(objective="parts"))
+    assert (len(three.regions), three.proven) == (3, False), "pairs of 90 regions are more than the budget"
 
 
 def test_a_proof_of_another_objective():
@@ -789,11 +855,67 @@ def test_only_valid_removals_are_asked():
     record = one(model, attack, still_valid=still_valid)
     assert set(record.removal.regions) == {pixels(2, 5), word(4)}
     assert (record.still_valid, record.one_minimal) == (True, True)
-    assert not record.proven  # invalid removals were not asked
+    assert not record.proven  # too many others are smaller
     assert asked
     assert all(still_valid(model.sample(), removal) for removal in asked)
     free = one(model, still_valid=still_valid)
     assert (free.removed, free.still_valid) == ({"text": 1}, False)
+
+
+@given(WEIGHTS, PAIRS, st.floats(0.1, 0.9), st.integers(0, 7), st.integers(0, 7))
+@settings(deadline=None, max_examples=30)
+def test_what_is_claimed_of_valid_flips_is_true(weights, pairs, share, never, unless):
+    """By brute force over all sets of eight atoms, where one may never go, and another only in company."""
+    small = Small(polynomial(weights[:8], [p for p in pairs if max(p[:2]) < 8], share))
+    if not small.right:
+        return
+
+    def still_valid(sample, removal) -> bool:
+        gone = [atom for atom in small.atoms if any(inside(atom, region) for region in removal.regions)]
+        return small.atoms[never] not in gone and (small.atoms[unless] not in gone or len(gone) > 1)
+
+    sets = [s for s in subsets(small.atoms)[1:] if still_valid(None, s)]
+    labels = label_without(small.model, *sets)
+    sizes = [sum(part.area for part in s.regions) for s, label in zip(sets, labels, strict=True) if label]
+    record = small.attack(500, Decoupling(valid_only=True), still_valid=still_valid)
+    assert record.flipped == bool(sizes)
+    if record.flipped:
+        assert (size(record), record.still_valid, record.proven) == (min(sizes), True, True)
+        one_less = [record.removal.without(part) for part in record.removal.regions]
+        back = zip(one_less, label_without(small.model, *one_less), strict=True)
+        assert record.one_minimal == (not any(label and still_valid(None, s) for s, label in back))
+
+
+class Returned(Attack):
+    """Of any flip, this one."""
+
+    def __init__(self, removal: Removal):
+        self.removal = removal
+
+    def search(self, sample):
+        yield [self.removal]
+        return self.removal
+
+
+def inside(atom: Region, region: Region) -> bool:
+    starts, stops = zip(atom.start, region.start, strict=True), zip(atom.stop, region.stop, strict=True)
+    same = atom.modality == region.modality
+    return same and all(a >= b for a, b in starts) and all(a <= b for a, b in stops)
+
+
+def test_a_flip_that_would_be_invalid_with_a_part_put_back_is_one_minimal():
+    """Word 0 flips alone, and only beside word 1 is the label still right."""
+    model = flips_when(lambda p: p.gone(word(0)))
+
+    def still_valid(sample, removal) -> bool:
+        gone = {i for i in range(6) if any(inside(word(i), region) for region in removal.regions)}
+        return 0 not in gone or 1 in gone
+
+    record = one(model, Decoupling(valid_only=True), still_valid=still_valid)
+    assert set(record.removal.regions) == {word(0), word(1)}
+    assert (record.one_minimal, record.proven) == (True, True)
+    free = one(model, Returned(record.removal), still_valid=still_valid)
+    assert (free.still_valid, free.one_minimal) == (True, False), "of any flip, the second word can be put back"
 
 
 @pytest.mark.parametrize("verdict", [False, None])

@@ -137,11 +137,22 @@ class ThreatModel:
             check_whole("threat_model.min_side", **{name: min_side[name]})
             if int(min_side[name]) != modality.min_side:  # the default is there for every size
                 modality.check_min_side(name, int(min_side[name]))
-        if self.max_queries is not None and (not isinstance(self.max_queries, int) or self.max_queries < 1):
+        whole = isinstance(self.max_queries, int) and not isinstance(self.max_queries, bool)
+        if self.max_queries is not None and (not whole or self.max_queries < 1):
             raise MuroanError(
                 f"threat_model.max_queries must be a whole number, at least 1, or null, got {self.max_queries!r}"
             )
         return ThreatModel(replacement, {name: int(side) for name, side in min_side.items()}, self.max_queries)
+
+    def beyond_defaults(self, modalities: Mapping[str, Modality]) -> dict[str, Any]:
+        """The threat model as plain JSON, without what is a modality's default anyway: the same however it was
+        spelled."""
+        full = self.complete(modalities)
+        return {
+            "replacement": {n: r for n, r in full.replacement.items() if r != modalities[n].replacements[0]},
+            "min_side": {n: side for n, side in full.min_side.items() if side != modalities[n].min_side},
+            "max_queries": full.max_queries,
+        }
 
 
 def _given(options: Mapping[str, Any], modalities: Mapping[str, Modality]) -> dict[str, Any]:
@@ -229,6 +240,22 @@ class AttackedSample:
         picks = self.rng.choice(len(universe), min(parts, len(universe)), replace=False)
         return Removal.of(*(universe[i] for i in picks))
 
+    def demand(self, attack: str, least: int, what: str) -> None:
+        """Refuse to start a search whose first phase the budget has no room for.
+
+        Args:
+            least: queries that it takes; what: it takes them for.
+
+        Raises:
+            MuroanError: the budget is smaller.
+        """
+        budget = self.threat_model.max_queries
+        if budget is not None and budget < least:
+            raise MuroanError(
+                f"threat_model.max_queries={budget} is too small for {attack}: its first phase asks {what} of sample "
+                f"{self.id!r}; allow at least {least}, more where inputs are longer, and some 100 to find anything"
+            )
+
     def size(self, removal: Removal) -> float:
         """Removed elements over elements of all modalities, in percent."""
         removed = sum(bits.bit_count() for bits in removed_elements(removal, self.layouts).values())
@@ -266,6 +293,7 @@ class Attack(ABC):
         apart: whether its searches may run in processes of their own (`QueryEngine.search_processes`): worth it where
             they compute much between their questions. They are asked and answered as ever, but ask removals alone, in
             lists, with an `until` that can be pickled.
+        valid_only: whether only a flip counts after which the label is still right.
         goal: what a sample is brought to, where it is not simply another label: reports hold an attack against those of
             the same goal alone.
     """
@@ -276,6 +304,7 @@ class Attack(ABC):
     guided = True
     control = False
     apart = False
+    valid_only = False
     goal = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.special import log_ndtr
 
 from muroan.attacks.base import Ask, Attack, AttackedSample, BudgetExhausted, Response, Search
-from muroan.attacks.greedy import lowest, ranked
+from muroan.attacks.greedy import ROUNDING, lowest, ranked
 from muroan.attacks.universe import Universe, ascending, cheaper
 from muroan.errors import MuroanError, check_whole
 from muroan.modalities import Removal, removed_elements
@@ -63,7 +63,8 @@ class Decoupling(Attack):
        as long as the best flip is large: then every other round comes from a linear model of the margin around that
        flip, and a flip that is much smaller is shrunk again. In the end, single parts are put back until none can be.
     5. *Prove*: when no more smaller removals are left than the budget allows, all are asked, the smallest first: a
-       removal is proven to be the smallest by the objective (with `parts`, no flip takes fewer of them).
+       removal is proven to be the smallest by the objective (with `parts`, no flip takes fewer of them; with
+       `valid_only`, of those after which the label is still right).
 
     `info` records how many atoms there were; the ledger's phases tell what each step took.
 
@@ -119,7 +120,8 @@ class Decoupling(Attack):
         if target is not None:
             self.goal = f"class number {target}"
         elif embedding is not None:
-            self.goal = "another fusion embedding"
+            how_far = "" if embedding == "argmax" else f" at a distance of {float(embedding):g}"
+            self.goal = f"another fusion embedding{how_far}"
         if valid_only:
             self.goal = f"{self.goal or 'another label'} with the old label still right"
         # A record must not look as if it came from the untargeted, joint attack.
@@ -262,6 +264,8 @@ class Hunt:
     of which `known` are filled. Row 0 is the clean input.
 
     Attributes:
+        distances: (P,) from the goal; shifts: (P,) of the fusion embedding from the clean one; by_shift: whether the
+            former are made of the latter.
         best: (A,) the smallest flip so far, None without one; bound: its cost, or what a first flip may cost.
         proven: whether all removals that are cheaper were asked.
         effect: (N,) by how much removing each region alone brings the goal nearer.
@@ -293,6 +297,8 @@ class Hunt:
         self.known = 1
         self.sets = np.zeros((room, len(u.atoms)), dtype=bool)
         self.distances = np.full(room, attack.distance(sample.clean))
+        self.shifts = np.zeros(room)
+        self.by_shift = False
         self.flipped = np.zeros(room, dtype=bool)
         self.costs = np.zeros(room)
         self.tried: dict[int, set[int]] = {}  # of each row, the regions added (as N more: put back) to no avail
@@ -359,13 +365,16 @@ class Hunt:
         if not count:
             return
         while first + count > len(self.distances):
-            arrays = self.sets, self.distances, self.flipped, self.costs
+            arrays = self.sets, self.distances, self.shifts, self.flipped, self.costs
             grown = (np.concatenate([a, np.zeros_like(a)]) for a in arrays)
-            self.sets, self.distances, self.flipped, self.costs = grown
+            self.sets, self.distances, self.shifts, self.flipped, self.costs = grown
         new, answered = np.array(sets[:count]), slice(first, first + count)
         self.sets[answered], self.costs[answered] = new, self.costs_of(new)
         self.distances[answered] = [self.attack.distance(response) for response in responses]
+        self.shifts[answered] = [response.embedding_shift for response in responses]
         self.flipped[answered] = [self.flips(response) for response in responses]
+        if self.by_shift:
+            self.go_by_shifts(answered)
         for row, chosen in enumerate(sets[:count], first):
             self.rows[chosen.tobytes()] = row
             self.since += 1
@@ -395,22 +404,16 @@ class Hunt:
     def run(self) -> Asking:
         u = self.universe
         tops = [child for root in u.roots for child in (u.children[root] or [root])]
-        self.demand_budget(len(tops))
+        self.sample.demand(self.attack.name, len(tops), f"{len(tops)} regions")
         yield from self.try_cheap()
         if not self.proven:
             yield from self.screen(tops)
+            self.look_at_embedding()
             self.believe()
             if self.large:
                 yield from self.grow()
                 yield from self.shrink()
             yield from self.improve()
-
-    def demand_budget(self, first: int) -> None:
-        if self.budget < first:
-            raise MuroanError(
-                f"threat_model.max_queries={self.budget:g} is too small for {self.attack.name}: its first phase asks "
-                f"{first} regions of sample {self.sample.id!r}; allow at least {first}, and some 100 to find anything"
-            )
 
     def try_cheap(self) -> Asking:
         """All sets of atoms that together cost less than any other one, by number, as far as there is room.
@@ -438,8 +441,7 @@ class Hunt:
                 sets = [u.union(members) for members in combinations(cheap, size)]
                 yield from self.ask(sets, "cheap")
             if self.best is not None:
-                alike = np.ptp(self.price[np.sort(order[:few])]) < 1e-9
-                self.proven = alike and not self.attack.valid_only
+                self.proven = bool(np.ptp(self.price[np.sort(order[:few])]) < 1e-9)
                 return
 
     def screen(self, tops: Sequence[int]) -> Asking:
@@ -458,6 +460,24 @@ class Hunt:
             room -= len(parts)
             yield from self.single(parts, "screen")
             inner += [part for part in parts if u.children[part]]
+
+    def look_at_embedding(self) -> None:
+        """Where the margin has said nothing, as of a model that tells labels alone, go by how far the fusion embedding
+        moves."""
+        distances, shifts = self.distances[: self.known], self.shifts[: self.known]
+        flat = np.ptp(distances[~self.flipped[: self.known]]) <= ROUNDING * abs(distances[0])
+        if not flat or self.attack.embedding is not None or np.ptp(shifts) <= ROUNDING:
+            return
+        self.by_shift = True
+        self.go_by_shifts(slice(self.known))
+        for region in np.flatnonzero(~np.isnan(self.effect)):
+            row = self.rows.get(self.universe.covers([region])[0].tobytes(), 0)
+            self.effect[region] = self.distances[0] - self.distances[row]
+
+    def go_by_shifts(self, rows: slice) -> None:
+        """Take what these removals move the embedding by (0 to 2) for how far they bring the goal nearer."""
+        nearer = self.distances[0] * (1 - self.shifts[rows] / 2)
+        self.distances[rows] = np.where(self.flipped[rows], self.distances[rows], nearer)
 
     def grow(self) -> Asking:
         """Where no small flip is known: more and more of the atoms with the largest effects, by themselves and with
@@ -594,23 +614,37 @@ class Hunt:
 
     def prove(self) -> Asking:
         """If all smaller removals can be asked, ask them, the smallest first: a flip is then the minimum."""
-        if self.attack.objective == "parts":
-            self.proven = len(self.universe.parts(self.best)) == 1  # type: ignore[arg-type]
-            return
         below = self.bound - 1e-9
         most = min(int((self.costs[1 : self.known] < below).sum()) + self.left, SETS)
-        if cheaper(self.price, below, most) > most:
+        smaller = self.of_fewer_parts(most) if self.attack.objective == "parts" else self.cheaper_sets(below, most)
+        if smaller is None:
             return
-        missing: list[np.ndarray] = []
+        missing = self.allowed([chosen for chosen in smaller if chosen.tobytes() not in self.rows])
+        if len(missing) <= self.left:
+            yield from self.ask(missing, "prove", until_flip=True)
+            self.proven = True
+
+    def cheaper_sets(self, below: float, most: float) -> list[np.ndarray] | None:
+        """All sets of atoms that cost less, the cheapest first; None where they are more than so many."""
+        if cheaper(self.price, below, most) > most:
+            return None
+        found: list[np.ndarray] = []
         for places in ascending(self.price):
             chosen = np.zeros(len(self.price), dtype=bool)
             chosen[list(places)] = True
             if self.cost(chosen) >= below:
                 break
-            if chosen.tobytes() not in self.rows:
-                missing.append(chosen)
-        yield from self.ask(missing, "prove", until_flip=True)
-        self.proven = not self.attack.valid_only
+            found.append(chosen)
+        return found
+
+    def of_fewer_parts(self, most: float) -> list[np.ndarray] | None:
+        """All unions of fewer regions than the best flip has, the fewest first; None where more than so many."""
+        named = self.universe.named
+        fewer = range(1, len(self.universe.parts(self.best)))  # type: ignore[arg-type]
+        if sum(math.comb(len(named), size) for size in fewer) > most:
+            return None
+        found = [self.universe.union(pick) for size in fewer for pick in combinations(named, size)]
+        return list({chosen.tobytes(): chosen for chosen in found}.values())
 
     # -- what is believed about removals that were not asked ---------------------------------------------------
 

@@ -31,15 +31,15 @@ class SaliencyRemoval(Attack):
       it is left for removals.
     - `occlusion`: how far the margin falls with a region set to 0 (a word to the mask token, or to padding where there
       is none), by Captum's `FeatureAblation`, of which its `Occlusion` is the case of regular windows. A query for the
-      whole input and one for each region; a budget too small for that is exhausted at once.
+      whole input and one for each region.
 
     Args:
         method: one of these.
         steps: of `integrated_gradients`; 20, the least that its authors recommend (20 to 300).
 
     Raises:
-        MuroanError: an unknown method, `steps` below 1; a gradient by words where the model has no one table of word
-            embeddings; `occlusion` without Captum.
+        MuroanError: an unknown method, `steps` below 1; a budget below what attributions need; a gradient by words
+            where the model has no one table of word embeddings; `occlusion` without Captum.
     """
 
     def __init__(self, method: Literal["gradient", "integrated_gradients", "occlusion"] = "gradient", steps: int = 20):
@@ -48,10 +48,14 @@ class SaliencyRemoval(Attack):
         self.method, self.steps = method, steps
 
     def search(self, sample: AttackedSample) -> Search:
+        regions = sample.atoms()
+        if self.method == "occlusion":
+            sample.demand(self.name, len(regions) + 2, f"the whole input, {len(regions)} regions and a removal")
+        else:
+            sample.demand(self.name, 3, "a gradient and a removal")
         scores = yield Together(self.attribute, phase="attribute")
         if scores is None:
             raise BudgetExhausted
-        regions = sample.atoms()
         # Relative to the largest, so that what counts for a tie does not depend on the model's scale.
         largest = max(map(abs, scores)) or 1.0
         order = [regions[i] for i in ranked([-score / largest for score in scores])]

@@ -28,6 +28,7 @@ class Universe:
         modality: (N,) which modality each region belongs to, by place.
         roots: row of each modality's root.
         atoms: (A,) rows of the atoms.
+        named: rows of the regions that a removal may name: all but roots with parts.
         elements: (A,) float, number of elements of each atom.
     """
 
@@ -63,6 +64,7 @@ class Universe:
         self._held = self.sums(self.elements)
         # A root with parts is no region that an attack may name.
         self._part = np.array([p >= 0 or not c for p, c in zip(self.parent, self.children, strict=True)])
+        self.named = np.flatnonzero(self._part).tolist()
         self._above = np.array([row if p < 0 else p for row, p in enumerate(self.parent)])
         self._below_root = np.array([p >= 0 for p in self.parent])
 

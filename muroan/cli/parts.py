@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
-from omegaconf import DictConfig
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf
 
 from muroan.cli.jobs import identity, own_overrides, plain
 from muroan.errors import MuroanError
@@ -32,6 +32,7 @@ def build(config: DictConfig) -> tuple[Any, Any]:
     """Dataset and model, prepared for each other."""
     import pytorch_lightning as pl
 
+    check_switches(config)
     if not isinstance(config.seed, int) or config.seed < 0:
         raise MuroanError(f"seed must be a whole number, 0 or more, got {config.seed!r}")
     data = instantiate(config.dataset)
@@ -39,6 +40,37 @@ def build(config: DictConfig) -> tuple[Any, Any]:
     model = instantiate(config.model)(modalities=data.modalities(), num_classes=len(data.classes))
     data.prepare_for(model.modalities)
     return data, model
+
+
+SWITCHES = ("rerun", "certification.smoothed")  # those that are options of no class
+
+
+def check_switches(config: DictConfig) -> None:
+    """Check every option that is on or off: Hydra takes `no` for a word, and Python every word for a yes.
+
+    Raises:
+        MuroanError: one is neither true nor false.
+    """
+    import inspect
+
+    found = {key: OmegaConf.select(config, key) for key in SWITCHES}
+
+    def look(node: Any, key: str) -> None:
+        if not isinstance(node, dict):
+            return
+        for name, value in node.items():
+            look(value, f"{key}.{name}" if key else str(name))
+        try:
+            parameters = inspect.signature(get_object(node["_target_"])).parameters
+        except Exception:  # there is none, or it is for `instantiate` to say what is wrong with it
+            return
+        switches = [n for n, p in parameters.items() if p.annotation in (bool, "bool") and n in node]
+        found.update({f"{key}.{name}": node[name] for name in switches})
+
+    look(OmegaConf.to_container(config, resolve=False), "")
+    for key, value in found.items():
+        if not isinstance(value, bool) and not str(value).startswith("${"):
+            raise MuroanError(f"{key} must be true or false, got {value!r}")
 
 
 def tracker(config: DictConfig) -> Any:
