@@ -202,9 +202,11 @@ class AttackCallback(RecordingCallback):
         data = getattr(trainer, "datamodule", None)
         multimodal = data if isinstance(data, MultimodalData) else None
         still_valid = multimodal.judge("test") if multimodal else None
+        model = self.model(pl_module)
         self.run["judged"] = still_valid is not None and self.attack.kind == "removal"
+        self.run["threat_model"] = (self.threat_model or ThreatModel()).beyond_defaults(model.modalities)
         self.engine = QueryEngine(
-            self.model(pl_module),
+            model,
             self.attack,
             self.threat_model,
             self.batch_size,

@@ -26,6 +26,8 @@ KINDS: dict[Kind, str] = {
 # Attacks that nothing guides; runs of earlier versions do not say so.
 UNGUIDED = ("random_removal", "leave_one_out", "missing_modality", "exhaustive", "swapped_modality")
 
+READABLE = 4  # settings at most that a name tells
+
 # Options of a dataset that have no part in training.
 TESTED = ("test_limit", "test_batch_size", "visible", "root", "obtain", "skip_bad", "num_workers")
 
@@ -120,7 +122,10 @@ class Run:
     @property
     def rules(self) -> str:
         """What two attacks must have in common to be held against each other: what they may do, and what for."""
-        return json.dumps([self.identity.get("threat_model"), self.goal], sort_keys=True)
+        # Earlier versions kept it as it was typed: null for a default.
+        told = self.about.get("threat_model") or self.identity.get("threat_model")
+        given = {key: value for key, value in flat(told).items() if value is not None and key != "_target_"}
+        return json.dumps([given, self.goal], sort_keys=True)
 
     @property
     def judged(self) -> bool:
@@ -238,18 +243,25 @@ def _label(runs: Sequence[Run]) -> list[Run]:
 def _settings(run: Run, others: Sequence[Run]) -> str:
     """The settings in which a run differs from others; its folder when there are none, or too many to read."""
     differing = differences(run, others, ("weights",))
-    return ", ".join(differing) if 0 < len(differing) <= 4 else run.folder
+    return ", ".join(differing) if 0 < len(differing) <= READABLE else run.folder
 
 
 def differences(run: Run, others: Sequence[Run], ignore: Sequence[str]) -> list[str]:
-    """The settings of a run, `name=value`, that one of the others does not have; `ignore` names whole groups."""
+    """The settings of a run, `name=value`, that one of the others does not have; `ignore` names whole groups.
+
+    Of more than `READABLE` of them only those that fewer than half of the others have.
+    """
     own = flat(run.about.get("identity"))
     theirs = [flat(other.about.get("identity")) for other in others]
-    return [
-        f"{key}={value}"
+    alike = {
+        key: sum(other.get(key) == value for other in theirs)
         for key, value in own.items()
-        if key.split(".")[0] not in ignore and any(other.get(key) != value for other in theirs)
-    ]
+        if key.split(".")[0] not in ignore
+    }
+    differing = [key for key, count in alike.items() if count < len(theirs)]
+    if len(differing) > READABLE:
+        differing = [key for key in differing if 2 * alike[key] < len(theirs)]
+    return [f"{key}={own[key]}" for key in differing]
 
 
 def flat(settings: Any, at: str = "") -> dict[str, Any]:

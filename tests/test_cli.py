@@ -126,6 +126,7 @@ def test_a_checkpoint_of_another_model_is_refused(trained: Path, tmp_path: Path)
         ("engine.search_processes=-1", "engine.search_processes must be a whole number, at least 0, got -1"),
         ("dataset.num_workers=-1", "dataset.num_workers must be a whole number, 0 or more, got -1"),
         ("device.precision=bf17", "device.precision must be one of 32-true, "),
+        ("dataset.skip_bad=no", "dataset.skip_bad must be true or false, got 'no'"),
         ("device.devices=0", "devices=0"),
     ],
 )

@@ -20,12 +20,16 @@ from matplotlib.figure import Figure
 from PIL import Image
 from scipy.stats import binomtest, wilcoxon
 
+from muroan.attacks.base import ThreatModel
 from muroan.errors import MuroanError
 from muroan.metrics import bootstrap, pooled, summarise
+from muroan.modalities import Image as Pictures
+from muroan.modalities import Text, WordTokenizer
 from muroan.report import build, plots
 from muroan.report.compare import Comparison, compare, latex, markdown, write
+from muroan.report.html import warnings
 from muroan.report.markup import tex
-from muroan.report.paired import against_controls, flip_queries, flip_sizes
+from muroan.report.paired import UNCONTROLLED, against_controls, flip_queries, flip_sizes
 from muroan.report.plots import success_at, success_band
 from muroan.report.significance import STEPS, holm, over_seeds, sign_flip
 from muroan.results import AttackResult, Count, RunFolder
@@ -477,6 +481,53 @@ class TestWarning:
             "another fusion embedding",
             "another class",
         ]
+
+    def test_what_is_a_default_may_be_spelled_out(self, tmp_path):
+        """Beside what earlier versions wrote, null for every default."""
+
+        def told(name: str, attack: str, outcomes: list[int | None], **about: Any) -> None:
+            file = write_run(tmp_path / name, attack, outcomes) / "run.json"
+            run = json.loads(file.read_text())
+            run["identity"]["threat_model"] = about.pop("typed", None)
+            file.write_text(json.dumps({**run, **about}))
+
+        old = {"_target_": "ThreatModel", "replacement": {"image": None, "text": None}, "max_queries": 500}
+        new = ThreatModel({"image": "zero", "audio": "noise"}, {"image": 10}, 500)
+        modalities = {"image": Pictures((16, 16)), "text": Text(WordTokenizer(["a"]), 5)}
+        told(
+            "a", "guided", CLEAR, typed={"replacement": {"image": "zero"}}, threat_model=new.beyond_defaults(modalities)
+        )
+        told("b", "random_removal", NOTHING, typed=old)
+        other = ThreatModel({"image": "mean"}, max_queries=500).beyond_defaults(modalities)
+        told("c", "guided", CLEAR, threat_model=other)
+        (pair,) = compared(tmp_path).pairs
+        assert (pair.attack.runs[0].folder, pair.reference.runs[0].folder) == ("a", "b")
+
+    def test_many_variants_are_known_by_what_few_have(self, tmp_path):
+        for number in range(6):
+            file = write_run(tmp_path / str(number), "guided", CLEAR) / "run.json"
+            run = json.loads(file.read_text())
+            options = dict.fromkeys("abcdef", 0)
+            run["identity"]["attack"] = {**options, "abcdef"[number]: number} if number else options
+            file.write_text(json.dumps(run))
+        (target,) = compared(tmp_path).targets
+        assert [row.name for row in target.rows] == [
+            "guided",
+            *(f"guided (attack.{'abcdef'[i]}={i})" for i in range(1, 6)),
+        ]
+
+    def test_without_random_removals_it_is_said_that_a_question_is_open(self, tmp_path):
+        write_run(tmp_path / "a", "guided", CLEAR)
+        write_run(tmp_path / "b", "other", CLEAR)
+        write_run(tmp_path / "c", "pgd", CLEAR, kind="perturbation")
+        (note,) = compared(tmp_path).notes
+        assert note == f"d · m, guided, other: {UNCONTROLLED}"
+        (said,) = (said for said in warnings(find_runs([tmp_path]), []) if "random" in said)
+        assert said.endswith(UNCONTROLLED)
+        assert "pgd" not in said
+        write_run(tmp_path / "d", "random_removal", NOTHING)
+        assert compared(tmp_path).notes == []
+        assert warnings(find_runs([tmp_path]), []) == []
 
     def test_certificates_below_are_passed_over(self, tmp_path):
         write_run(tmp_path / "attack/a", "guided", GUIDED)

@@ -107,6 +107,33 @@ def test_a_class_is_known_by_its_name() -> None:
         attacking.class_index(0, ["1", "2", "3"])
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("attack.valid_only=no", "attack=greedy_occlusion attack.rerank=off", "attack=leave_one_out attack.every=no"),
+        *("attack=sparse_rs attack.shrink=0", "dataset=digit_sum dataset.augment=no", "dataset.skip_bad=null"),
+        *("defense=adversarial_training_pgd defense.attack.stop_early=no", "rerun=no", "certification.smoothed=1"),
+    ],
+)
+def test_a_switch_is_on_or_off(option: str) -> None:
+    """Hydra takes `no` for a word, which Python takes for a yes."""
+    *before, last = option.split()
+    parts.check_switches(job(*before))
+    for value in ("true", "false"):
+        parts.check_switches(job(*before, f"{last.split('=')[0]}={value}"))
+    key, value = last.split("=")
+    with pytest.raises(MuroanError, match=rf"^{key} must be true or false, got "):
+        parts.check_switches(job(*before, last))
+
+
+@pytest.mark.parametrize(
+    ("group", "name"), [choice for choice in CHOICES if choice[0] in ("attack", "model", "dataset")]
+)
+@pytest.mark.usefixtures("folders")
+def test_switches_of_every_choice_are_on_or_off(group: str, name: str) -> None:
+    parts.check_switches(job(f"{group}={name}"))
+
+
 @pytest.mark.parametrize("group", ["attack", "defense"])
 def test_counts_are_whole_numbers(group: str, tmp_path: Path) -> None:
     """A command line makes 1e3 a float: each option that counts something says that it takes none."""

@@ -1126,6 +1126,8 @@ def test_options_are_checked():
         QueryEngine(never(), RandomRemoval(), precision="half")
     with pytest.raises(MuroanError, match="max_queries must be a whole number, at least 1, or null, got 0"):
         QueryEngine(never(), RandomRemoval(), ThreatModel(max_queries=0))
+    with pytest.raises(MuroanError, match="max_queries must be a whole number, at least 1, or null, got True"):
+        QueryEngine(never(), RandomRemoval(), ThreatModel(max_queries=True))
 
 
 @pytest.mark.parametrize("side", [0, -3])

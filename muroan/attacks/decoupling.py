@@ -470,7 +470,7 @@ class Hunt:
             return
         self.by_shift = True
         self.go_by_shifts(slice(self.known))
-        for region in np.flatnonzero(~np.isnan(self.effect)):
+        for region in np.flatnonzero(~np.isnan(self.effect)).tolist():
             row = self.rows.get(self.universe.covers([region])[0].tobytes(), 0)
             self.effect[region] = self.distances[0] - self.distances[row]
 

@@ -51,8 +51,6 @@ def check_switches(config: DictConfig) -> None:
     Raises:
         MuroanError: one is neither true nor false.
     """
-    import inspect
-
     found = {key: OmegaConf.select(config, key) for key in SWITCHES}
 
     def look(node: Any, key: str) -> None:
@@ -61,11 +59,14 @@ def check_switches(config: DictConfig) -> None:
         for name, value in node.items():
             look(value, f"{key}.{name}" if key else str(name))
         try:
-            parameters = inspect.signature(get_object(node["_target_"])).parameters
+            target = get_object(node["_target_"])
         except Exception:  # there is none, or it is for `instantiate` to say what is wrong with it
             return
-        switches = [n for n, p in parameters.items() if p.annotation in (bool, "bool") and n in node]
-        found.update({f"{key}.{name}": node[name] for name in switches})
+        makers = [vars(base)["__init__"] for base in getattr(target, "__mro__", ()) if "__init__" in vars(base)]
+        for maker in makers or [target]:  # what a constructor does not name it hands on to the class below
+            named = getattr(maker, "__annotations__", {})
+            switches = (name for name, kind in named.items() if kind in (bool, "bool") and name in node)
+            found.update({f"{key}.{name}": node[name] for name in switches})
 
     look(OmegaConf.to_container(config, resolve=False), "")
     for key, value in found.items():

@@ -16,12 +16,12 @@ import numpy as np
 from muroan.metrics import columns, pooled
 from muroan.report import plots
 from muroan.report.markup import Line, TextTable, latex_grid, markdown_grid, write_csv
-from muroan.report.paired import area_differences, shared, success_differences
+from muroan.report.paired import UNCONTROLLED, area_differences, shared, success_differences, without_control
 from muroan.report.significance import holm, over_seeds, probability, sign_flip
 from muroan.report.tables import DEFINITIONS, MAIN, SEARCH, by_modality, figure, interval, present, whole
 from muroan.report.tables import Column as Metric
 from muroan.results import Kind
-from muroan.runs import KINDS, Run, differences, find_runs
+from muroan.runs import KINDS, READABLE, Run, differences, find_runs
 
 Estimate = Mapping[str, float | None]
 
@@ -240,6 +240,10 @@ def compare(runs: Sequence[Run], pool_seeds: bool = True) -> Comparison:
                 f"{target.name}: no other attack has the threat model and the goal of {', '.join(alone)}: "
                 f"no paired test."
             )
+        uncontrolled = {id(run) for run in without_control([row.runs[0] for row in target.rows])}
+        if len(target.rows) > 1 and uncontrolled:
+            names = ", ".join(row.name for row in target.rows if id(row.runs[0]) in uncontrolled)
+            notes.append(f"{target.name}, {names}: {UNCONTROLLED}")
         for attack, reference in _matches(target):
             pair = _pair(target, attack, reference)
             if pair is None:
@@ -344,7 +348,7 @@ def _target_names(groups: Sequence[Sequence[Row]]) -> list[str]:
     names = []
     for run in first:
         own = differences(run, [other for other in first if other.target[:2] == run.target[:2]], attackers)
-        settings = f" ({', '.join(own)})" if 0 < len(own) <= 4 else ""
+        settings = f" ({', '.join(own)})" if 0 < len(own) <= READABLE else ""
         names.append(f"{run.dataset} · {run.model}{settings}")
     weights = [dict.fromkeys(run.target[2][:8] for row in group for run in row.runs) for group in groups]
     return [
@@ -360,7 +364,7 @@ def _named(group: Sequence[Row]) -> list[Row]:
         others = [other for other in group if other.attack == row.attack and other is not row]
         ignore = ("weights", "seed") if len(row.runs) > 1 else ("weights",)
         own = differences(row.runs[0], [other.runs[0] for other in others], ignore)
-        rows.append(replace(row, name=f"{row.attack} ({', '.join(own)})" if 0 < len(own) <= 4 else row.attack))
+        rows.append(replace(row, name=f"{row.attack} ({', '.join(own)})" if 0 < len(own) <= READABLE else row.attack))
     names = [row.name for row in rows]
     return [
         replace(row, name=f"{row.attack} ({row.runs[0].folder})") if names.count(row.name) > 1 else row for row in rows

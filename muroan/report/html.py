@@ -13,7 +13,7 @@ from jinja2 import Environment, StrictUndefined
 
 from muroan.errors import MuroanError
 from muroan.report import defense_grid, defenses, examples, plots, tables
-from muroan.report.paired import AgainstControl, against_controls, by_target
+from muroan.report.paired import UNCONTROLLED, AgainstControl, against_controls, by_target, without_control
 from muroan.report.tables import figure, interval, whole
 from muroan.results import Count, write_json
 from muroan.runs import Run, find_runs
@@ -190,6 +190,8 @@ def warnings(runs: Sequence[Run], comparisons: Sequence[AgainstControl]) -> list
     unreadable = [f"{whole(len(run.unreadable))} of {run.label}" for run in runs if run.unreadable]
     if unreadable:
         said.append(f"Samples that could not be read and are not counted: {_listed(unreadable)}.")
+    uncontrolled = [without_control(group) for group in by_target(runs)]
+    said += [f"{_listed([run.label for run in alone])}: {UNCONTROLLED}" for alone in uncontrolled if alone]
     for c in comparisons:
         if not c.n:
             said.append(f"{c.guided.label} and {c.control.label} attacked no sample in common: no comparison.")

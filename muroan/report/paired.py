@@ -12,6 +12,11 @@ from muroan.metrics import bootstrap, curve_score
 from muroan.results import AttackResult
 from muroan.runs import Run
 
+UNCONTROLLED = (
+    "whether the search is any better than a random one cannot be told without random removals under the same threat "
+    "model: run attack=random_removal."
+)
+
 
 def by_target(runs: Sequence[Run]) -> list[list[Run]]:
     """The runs of each target, in the report's order."""
@@ -96,3 +101,11 @@ def against_controls(runs: Sequence[Run]) -> list[AgainstControl]:
                 success, area = bootstrap(success_differences(pairs)), bootstrap(area_differences(pairs))
                 found.append(AgainstControl(guided, control, len(pairs), success, area))
     return found
+
+
+def without_control(runs: Sequence[Run]) -> list[Run]:
+    """Those of some attacks on one target that search for flips by removal, where none removed at random under the same
+    rules: nobody can tell whether the search is worth its questions. Goals that random removal has not are left out."""
+    held = {run.rules for run in runs if run.is_control}
+    guided = (run for run in runs if run.kind == "removal" and run.is_guided and not run.goal)
+    return [run for run in guided if run.rules not in held]
