@@ -29,7 +29,7 @@ from muroan.certification import (
     robust_accuracy,
     summarise,
 )
-from muroan.cli import attacking, parts
+from muroan.cli import parts
 from muroan.data.samples import Batch
 from muroan.defenses.mmcert import Ablation, SmoothedModel
 from muroan.engine import evaluate
@@ -293,8 +293,20 @@ class TestRun:
 
 def test_a_vote_needs_a_defence_that_ablates():
     with pytest.raises(MuroanError, match="add defense=mmcert"):
-        attacking.ablation_options(job())
-    assert attacking.ablation_options(job("defense=mmcert", "defense.keep.image=7"))["keep"]["image"] == 7
+        parts.ablation_options(job())
+    assert parts.ablation_options(job("defense=mmcert", "defense.keep.image=7"))["keep"]["image"] == 7
+
+
+def test_texts_shorter_than_what_is_kept_are_refused_before_anything_is_done():
+    """By training, and by an attack on the vote, which itself keeps what an attacker leaves."""
+    data, model = parts.build(job("dataset.test_limit=20", "dataset.train_limit=50"))
+    ablation = Ablation(model.modalities, {"image": 0.5, "text": 3})
+    parts.check_texts(data, model, ("train", "val", "test"), ablation)
+    few = Ablation(model.modalities, {"image": 0.5, "text": 8})
+    with pytest.raises(
+        MuroanError, match=r"keeps k=8 elements of text, but there are n=\d in sample 'test-"
+    ):
+        parts.check_texts(data, model, ("test",), few)
 
 
 def test_the_folder_tells_the_vote_from_the_model():
@@ -318,7 +330,7 @@ def test_the_command(trained: Path, tmp_path: Path):
     assert [c.index for c in certificates] == list(range(8))
     data, model = parts.build(job(*options))
     load_weights(model.eval(), trained / "best.ckpt")
-    ablation = Ablation(model.modalities, **attacking.ablation_options(job(*options)))
+    ablation = Ablation(model.modalities, **parts.ablation_options(job(*options)))
     certifier = Certifier(model, ablation, samples=40, selection=10)
     for found in certificates[:3]:
         assert certifier.certify(data.prepared("test")[found.index]) == found

@@ -127,7 +127,8 @@ def test_a_switch_is_on_or_off(option: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("group", "name"), [choice for choice in CHOICES if choice[0] in ("attack", "model", "dataset")]
+    ("group", "name"),
+    [choice for choice in CHOICES if choice[0] in ("attack", "model", "dataset", "defense", "tracker")],
 )
 @pytest.mark.usefixtures("folders")
 def test_switches_of_every_choice_are_on_or_off(group: str, name: str) -> None:

@@ -492,6 +492,34 @@ def test_another_or_a_broken_offline_set_is_refused(tmp_path: Path, learned: Any
         fitted(offline(tmp_path, learned, samples=20))
 
 
+def test_no_part_of_an_offline_set_is_made_by_a_later_model(
+    tmp_path: Path, learned: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training goes on from a checkpoint: its model is no longer the one that was to be attacked."""
+    monkeypatch.setattr("muroan.defenses.adversarial_training.CHUNK", 16)
+    trainer = fitted(offline(tmp_path / "set", learned))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+
+    def go_on() -> None:
+        fitted(offline(tmp_path / "set", learned), epochs=2, resume=tmp_path / "last.ckpt")
+
+    part = sorted((tmp_path / "set").glob("*.pt"))[1]
+    content = part.read_bytes()
+    part.write_bytes(b"x")
+    with pytest.raises(
+        MuroanError, match=r"is not a part of an .*: start from the beginning with rerun"
+    ):
+        go_on()
+    part.unlink()
+    lacking = rf"lacks .*{part.name}, and the model is no longer the one .* rerun=true makes the set anew"
+    with pytest.raises(MuroanError, match=lacking):
+        go_on()
+    part.write_bytes(content)
+    (tmp_path / "set/set.json").unlink()
+    with pytest.raises(MuroanError, match=r"lacks .*set\.json"):
+        go_on()
+
+
 @pytest.mark.parametrize("mode", ["online", "offline"])
 def test_valid_removals_alone_need_a_dataset_that_can_tell(tmp_path: Path, learned: Any, mode: Any) -> None:
     """Otherwise nothing would be asked, and the training would be a plain one under another name."""

@@ -13,7 +13,16 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from muroan.cli.jobs import folders, identity, plain
-from muroan.cli.parts import begin_tracking, build, load_trained, tracker, trainer_options, versions
+from muroan.cli.parts import (
+    ablation_options,
+    begin_tracking,
+    build,
+    check_texts,
+    load_trained,
+    tracker,
+    trainer_options,
+    versions,
+)
 from muroan.errors import MuroanError
 
 if TYPE_CHECKING:
@@ -46,6 +55,7 @@ def attack(config: DictConfig) -> None:
         from muroan.defenses.mmcert import SmoothedModel
 
         model = SmoothedModel(model, **ablation_options(config), votes=config.certification.votes, seed=config.seed)
+        check_texts(data, model, ("test",), model.ablation)
     if config.rerun:
         folder.clear()
     if done(folder, run, bool(config.dataset.get("skip_bad"))):
@@ -113,18 +123,6 @@ def training_summary(checkpoint: Path | None) -> dict[str, Any] | None:
         return None
     summary = json.loads(file.read_text())
     return {key: summary[key] for key in ("accuracy", "best", "start", "control", "cost") if key in summary}
-
-
-def ablation_options(config: DictConfig) -> dict[str, Any]:
-    """What the chosen defence keeps, as options of `Ablation`.
-
-    Raises:
-        MuroanError: no defence is chosen, or one that keeps nothing.
-    """
-    defense = plain(config.get("defense")) or {}
-    if "keep" not in defense:
-        raise MuroanError("there is no vote to certify or attack without a defence that ablates: add defense=mmcert")
-    return {key: defense[key] for key in ("keep", "element") if key in defense}
 
 
 def class_index(target: Any, classes: Sequence[str]) -> Any:

@@ -137,6 +137,44 @@ def trainer_options(config: DictConfig) -> dict[str, Any]:
     }
 
 
+def ablation_options(config: DictConfig) -> dict[str, Any]:
+    """What the chosen defence keeps, as options of `Ablation`.
+
+    Raises:
+        MuroanError: no defence is chosen, or one that keeps nothing.
+    """
+    defense = plain(config.get("defense")) or {}
+    if "keep" not in defense:
+        raise MuroanError("there is no vote to certify or attack without a defence that ablates: add defense=mmcert")
+    return {key: defense[key] for key in ("keep", "element") if key in defense}
+
+
+def check_texts(data: Any, model: Any, splits: Sequence[str], ablation: Any = None) -> None:
+    """Refuse what a text that the model cannot take would end after hours.
+
+    Args:
+        ablation: which has to find as many elements in each text as it keeps.
+
+    Raises:
+        MuroanError: there is such a text, and no word of skipping it; or one of too few elements.
+    """
+    from muroan.modalities import Text
+
+    for name, modality in model.modalities.items():
+        if not isinstance(modality, Text):
+            continue
+        for split in splits:
+            for text, id in {example.inputs[name]: example.id for example in data.examples(split)}.items():
+                try:
+                    x, _ = modality.prepare(text)
+                except MuroanError as error:
+                    if data.skip_bad:
+                        continue
+                    raise MuroanError(f"sample {id!r} of {split}, {name}: {error}") from None
+                if ablation is not None:
+                    ablation.check(name, int(ablation.elements(name, x[None]).sum()), f" in sample {id!r} of {split}")
+
+
 def find_checkpoint(config: DictConfig, model: Any, defense: Any = None, option: str = "checkpoint") -> Path | None:
     """The checkpoint to attack, or to harden; None for a model that comes trained.
 

@@ -15,7 +15,18 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from muroan.cli.jobs import identity, of
-from muroan.cli.parts import begin_tracking, build, find_checkpoint, other_training, tracker, trainer_options, versions
+from muroan.cli.parts import (
+    ablation_options,
+    begin_tracking,
+    build,
+    check_switches,
+    check_texts,
+    find_checkpoint,
+    other_training,
+    tracker,
+    trainer_options,
+    versions,
+)
 from muroan.errors import MuroanError, check_whole
 
 log = logging.getLogger("muroan")
@@ -29,7 +40,7 @@ def train(config: DictConfig) -> None:
     if already_trained(config, "train"):
         return
     data, model = build(config)
-    check_texts(data, model)
+    check_texts(data, model, ("val", "test"))
     module = MultimodalModule(model, **optimisation(config.training))
     fit(config, "train", config.training, data, module, "val/accuracy")
 
@@ -39,6 +50,7 @@ def harden(config: DictConfig) -> None:
     from pytorch_lightning.callbacks import Callback
 
     from muroan.callbacks import RobustValidation, StopEarly
+    from muroan.defenses.mmcert import Ablation
     from muroan.training.module import load_weights, weights_hash
 
     if not config.defense:
@@ -61,7 +73,9 @@ def harden(config: DictConfig) -> None:
     if start is not None:
         load_weights(model, start)
         begin_from(config, start, told_weights(start) or weights_hash(model))
-    check_texts(data, model)
+    check_texts(data, model, ("val", "test"))
+    if "keep" in config.defense:
+        check_texts(data, model, ("train", "val", "test"), Ablation(model.modalities, **ablation_options(config)))
     if config.rerun and config.defense.get("folder"):
         forget_set(Path(config.defense.folder))
     threat_model = instantiate(options.threat_model)
@@ -91,6 +105,7 @@ def check_training(config: DictConfig, section: str) -> None:
     Raises:
         MuroanError: a number that nothing can be trained with; a type of number that the optimiser makes NaN of.
     """
+    check_switches(config)  # before rerun=no is taken for a yes
     options = config[section]
     whole = {"epochs": 1, "batches": 1, "samples": 0, "patience": 0}
     for name, least in whole.items():
@@ -112,26 +127,6 @@ def check_training(config: DictConfig, section: str) -> None:
             "device.precision=16-true is too narrow to train in: choose 16-mixed, bf16-mixed or bf16-true (to attack "
             "in 16-true, train in another one and name its checkpoint=FILE)"
         )
-
-
-def check_texts(data: Any, model: Any) -> None:
-    """Refuse a training that a text of val or test, which the model cannot take, would end after hours.
-
-    Raises:
-        MuroanError: there is such a text, and no word of skipping it.
-    """
-    from muroan.modalities import Text
-
-    for name, modality in model.modalities.items():
-        if not isinstance(modality, Text) or data.skip_bad:
-            continue
-        for split in ("val", "test"):
-            asked = {example.inputs[name]: example.id for example in data.examples(split)}
-            for text, id in asked.items():
-                try:
-                    modality.prepare(text)
-                except MuroanError as error:
-                    raise MuroanError(f"sample {id!r} of {split}, {name}: {error}") from None
 
 
 def forget_set(folder: Path) -> None:

@@ -193,7 +193,7 @@ class AdversarialTraining(Defense):
         for file, indices in tqdm(parts, desc=f"offline {self.attack.name}", unit="chunk", disable=rank > 0):
             samples = [s for s in (dataset[i] for i in indices) if isinstance(s, Sample)]
             if file.exists():
-                found, spent = _read(file)
+                found, spent = _read(file, self.trainer.ckpt_path is not None)
                 if self.trainer.ckpt_path is None:  # else the checkpoint's account has them
                     self.cost.attack_forwards += spent.attack_forwards
                     self.cost.attack_backwards += spent.attack_backwards
@@ -232,10 +232,15 @@ class AdversarialTraining(Defense):
         }
         weights = weights_hash(self.model)
         file = self.folder / "set.json"
+        # A training that goes on has other weights than it began with, when the set was made and whole.
+        goes_on = self.trainer.ckpt_path is not None
+        if goes_on and (missing := [str(part) for part in (file, *own) if not part.exists()]):
+            raise MuroanError(
+                f"the adversarial set lacks {missing[0]}, and the model is no longer the one that it was made with: "
+                f"rerun=true makes the set anew, and trains from the start"
+            )
         if file.exists():
             known = json.loads(file.read_text())
-            # A training that goes on has other weights than it began with, when the set was made and whole.
-            goes_on = self.trainer.ckpt_path is not None and all(part.exists() for part in own)
             if known.pop("weights") != weights and not goes_on:
                 raise MuroanError(f"{self.folder} holds an adversarial set of another model: remove it to make it anew")
             if known != about:
@@ -273,14 +278,19 @@ def _write(file: Path, found: Mapping[str, Found], spent: Cost) -> None:
     os.replace(temporary, file)
 
 
-def _read(file: Path) -> tuple[dict[str, Found], Cost]:
-    """What was found, and what that took."""
+def _read(file: Path, goes_on: bool = False) -> tuple[dict[str, Found], Cost]:
+    """What was found, and what that took.
+
+    Args:
+        goes_on: whether training has begun, so that no part can be made any more.
+    """
     try:
         content = torch.load(file, weights_only=True)
         plain, spent = content["found"], Cost(**content["spent"])
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
         raise MuroanError(
-            f"{file} is not a part of an adversarial set ({type(error).__name__}): remove it, and it is made anew"
+            f"{file} is not a part of an adversarial set ({type(error).__name__}): "
+            f"{'start from the beginning with rerun=true' if goes_on else 'remove it, and it is made anew'}"
         ) from None
     found: dict[str, Found] = {
         key: Perturbation(**f) if isinstance(f, dict) else Removal.of(*(Region(*region) for region in f))
