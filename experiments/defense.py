@@ -46,6 +46,11 @@ QUICK = {
 HARDENING = ["hardening.epochs=3", "hardening.batches=100"]
 QUICK_HARDENING = ["hardening.epochs=1", "hardening.batches=2", "hardening.samples=8"]
 
+COMPARISON = (
+    "- for comparison: the paper (arXiv 2112.12792) finds traditional adversarial training insufficient against "
+    "decoupling, on other data and with other weights; its tables are not available to us\n"
+)
+
 
 class Gathered:
     """The folders of the cells that there are, and what there is not."""
@@ -128,7 +133,7 @@ def main() -> None:
         page = defenses.write(gathered.folders, OUT / "defense", "defense")
     except MuroanError as error:
         sys.exit("".join([*gathered.missing(), str(error)]))
-    page.write_text("".join([page.read_text(), *gathered.missing()]))
+    page.write_text("".join([page.read_text(), *gathered.missing(), COMPARISON]))
     sweep.finish(page)
 
 

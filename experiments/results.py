@@ -112,6 +112,8 @@ def rows(name: str, file: str = "", **where: str) -> list[dict[str, Any]]:
         row.setdefault("group", f"{row['dataset']} · {row.get('model')}")
         row["heading"] = row["group"].rpartition(", ")[2]
         row["spread"] = row.get("curve_area_max", 0) - row.get("curve_area_min", 0)
+        if row.get("by_seed"):
+            row["steady"] = all(points > 0 for points in json.loads(str(row["by_seed"])).values())
         if "robust_to_valid" in row and "rows" in row:
             row["passes"] = (row["attack_forwards"] + row["attack_backwards"]) / row["rows"]  # of a sample's training
             row["half"] = row["robust_to_valid"] < row["clean_accuracy"] / 2

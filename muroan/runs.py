@@ -189,11 +189,15 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
     for folder in map(Path, folders):
         below = [file.parent.resolve() for file in folder.rglob("run.json")] if folder.is_dir() else []
         # A folder of certificates is only looked at, and refused, when it is named itself.
-        below = [path for path in below if path == folder.resolve() or not _certifies(path)]
-        if not below:
+        attacked = [path for path in below if path == folder.resolve() or not _certifies(path)]
+        if not attacked:
             missing = "has no run.json in it or below it" if folder.is_dir() else "is not a folder"
+            if below:
+                missing = (
+                    "holds certificates alone, which certification.attacked=[RUN] of `muroan certify` puts beside runs"
+                )
             raise MuroanError(f"{folder} {missing}: name a folder that `muroan attack` wrote, or one that holds such")
-        found.update(below)
+        found.update(attacked)
     if not found:
         raise MuroanError("a report needs at least one run folder, got none")
     common = Path(os.path.commonpath(found))

@@ -303,9 +303,7 @@ def test_texts_shorter_than_what_is_kept_are_refused_before_anything_is_done():
     ablation = Ablation(model.modalities, {"image": 0.5, "text": 3})
     parts.check_texts(data, model, ("train", "val", "test"), ablation)
     few = Ablation(model.modalities, {"image": 0.5, "text": 8})
-    with pytest.raises(
-        MuroanError, match=r"keeps k=8 elements of text, but there are n=\d in sample 'test-"
-    ):
+    with pytest.raises(MuroanError, match=r"keeps k=8 elements of text, but there are n=\d in sample 'test-"):
         parts.check_texts(data, model, ("test",), few)
 
 

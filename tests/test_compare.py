@@ -537,6 +537,10 @@ class TestWarning:
         assert [run.attack for run in find_runs([tmp_path])] == ["guided"]
         with pytest.raises(MuroanError, match="it is not of an attack run"):
             find_runs([tmp_path / "certify/b"])
+        with pytest.raises(
+            MuroanError, match=r"certify holds certificates alone, .* of `muroan certify` puts beside runs"
+        ):
+            find_runs([tmp_path / "certify"])
 
     def test_other_kinds_are_not_warned_of(self, tmp_path):
         write_run(tmp_path / "a", "noise", NOTHING, kind="corruption")

@@ -261,13 +261,19 @@ def test_a_control_without_a_sample_in_common_withholds_the_verdict(tmp_path: Pa
 
 
 def test_larger_than_under_one_control_is_not_larger(tmp_path: Path) -> None:
-    run(tmp_path, "decoupling", [3] * 30, "hard")
-    run(tmp_path, "decoupling", [1] * 30, "a", control=True)
-    (verdict,) = grid(tmp_path).verdicts
-    assert verdict.larger
-    run(tmp_path, "decoupling", [4] * 30, "b", control=True)
-    (verdict,) = grid(tmp_path).verdicts
+    run(tmp_path / "a", "decoupling", [3] * 30, "hard")
+    run(tmp_path / "a", "decoupling", [1] * 30, "a", control=True)
+    (verdict,) = grid(tmp_path / "a").verdicts
+    assert (verdict.larger, verdict.smaller) == (True, False)
+    run(tmp_path / "a", "decoupling", [4] * 30, "b", control=True)
+    (verdict,) = grid(tmp_path / "a").verdicts
     assert not verdict.larger
+    assert verdict.smaller
+    assert "hard did not help beyond its controls, and smaller removals than under a control flip it: " in verdict.line
+    run(tmp_path / "b", "decoupling", [1] * 5 + [3] * 25, "hard")  # 5 samples and none: exactly 2 * 0.5^5 = 0.06
+    run(tmp_path / "b", "decoupling", [3] * 30, "a", control=True)
+    (verdict,) = grid(tmp_path / "b").verdicts
+    assert (verdict.larger, verdict.smaller, verdict.p_smaller) == (False, False, pytest.approx(2 * 0.5**5))
 
 
 def test_larger_flips_are_those_that_count(tmp_path: Path) -> None:
@@ -542,11 +548,13 @@ def test_an_attack_on_other_seeds_takes_nothing_away(tmp_path: Path) -> None:
     )
     assert not after.left_out
 
-    run(tmp_path, "stronger", [1, 1, 1, 0], "other", seed=0)  # now all have a seed in common
+    run(tmp_path, "stronger", [1, 1, 1, 0], "other", seed=0)  # now all have a seed in common, and most lack one
+    assert grid(tmp_path).attacks == ["decoupling"]
+    run(tmp_path, "stronger", [0, 0, 0, 1], "hard", seed=3)
     common = grid(tmp_path)
     assert set(common.attacks) == {"decoupling", "stronger"}
-    assert common.said[-1] == (
-        "Not in the worst case, as not all of its attacks were run there: seed 3 of plain_training, hard."
+    assert (
+        common.said[-1] == "Not in the worst case, as not all of its attacks were run there: seed 3 of plain_training."
     )
 
 

@@ -506,9 +506,7 @@ def test_no_part_of_an_offline_set_is_made_by_a_later_model(
     part = sorted((tmp_path / "set").glob("*.pt"))[1]
     content = part.read_bytes()
     part.write_bytes(b"x")
-    with pytest.raises(
-        MuroanError, match=r"is not a part of an .*: start from the beginning with rerun"
-    ):
+    with pytest.raises(MuroanError, match=r"is not a part of an .*: start from the beginning with rerun"):
         go_on()
     part.unlink()
     lacking = rf"lacks .*{part.name}, and the model is no longer the one .* rerun=true makes the set anew"

@@ -188,7 +188,8 @@ class Verdict:
         control, beyond: the control that decides, and the difference to it.
         p: that of the claim. For one against each control it is the largest of their p (Berger 1982), for one against
             any the smallest times their number; then after Holm's correction over the verdicts on this model.
-        p_larger: likewise that flips need larger removals than under each control.
+        p_larger: likewise that flips need larger removals than under each control; p_smaller: smaller ones than under
+            any.
         steady: whether what is claimed is so in every seed.
         missing: controls that share no sample with it, so that it can't be said to have helped.
         unlike: controls that were hardened longer or shorter, or otherwise, and have no say.
@@ -201,6 +202,7 @@ class Verdict:
     beyond: Difference | None
     p: float = 1.0
     p_larger: float = 1.0
+    p_smaller: float = 1.0
     steady: bool = True
     missing: tuple[str, ...] = ()
     unlike: tuple[str, ...] = ()
@@ -227,6 +229,11 @@ class Verdict:
         return self.p_larger < LEVEL and not self.missing
 
     @property
+    def smaller(self) -> bool:
+        """Whether smaller removals flip it than under some control."""
+        return self.p_smaller < LEVEL
+
+    @property
     def line(self) -> str:
         """The finding in one line."""
         if self.beyond is None or self.control is None:
@@ -239,12 +246,13 @@ class Verdict:
             worse = self.beyond.points < 0
             what = "did worse than a control, but not in every seed" if worse else f"{what} in every seed"
         what += ", though flips need larger removals" if self.larger and not self.helped else ""
-        gains = f"robust accuracy {_points(robust)} against {self.control.name}{self.beyond.each}"
-        if judged is not robust:
-            gains = f"robust accuracy to valid flips {_points(judged)} against {self.control.name}{self.beyond.each}, "
-            gains += f"to all flips {_points(robust)}"
+        what += ", and smaller removals than under a control flip it" if self.smaller else ""
+        to_valid = judged is not robust
+        gains = f"robust accuracy{' to valid flips' if to_valid else ''} {_points(judged)} against {self.control.name}"
+        gains += self.beyond.each
         if self.undefended is not None:
             gains += f" (against the undefended model {_points(self.undefended.decisive)})"
+        gains += f", to all flips {_points(robust)} against {self.control.name}" if to_valid else ""
         return (
             f"{self.defense.name} {what}: {gains}, p {probability(self.p)}, curve area {_points(area)} (below 0, flips "
             f"are fewer or larger){self._lacking}; {whole(self.beyond.samples)} paired samples, "
@@ -262,8 +270,8 @@ class Further:
 
     Attributes:
         attack: only the models here were attacked by it.
-        held: the models, the seeds, and the figures under all of these attacks together; see `Grid.worst`. The seeds
-            are those that all of these have, or, where there are none, each model's own.
+        held: the models, the seeds of each that have all of these attacks, and the figures under them together; see
+            `Grid.worst`.
         differences: of a defence to a control of its.
     """
 
@@ -320,11 +328,10 @@ class Grid:
         for name in (name for name, row in rows.items() if name not in self.attacks and row.kind == "removal"):
             attacks = [*self.attacks, name]
             own = [d for d in self.defenses if name in d.attacks]
-            shared = sorted(set.intersection(*(set(d.seeds(attacks)) for d in own)), key=str)
-            run_on = [(d, shared or d.seeds(attacks)) for d in own]
+            run_on = [(d, d.seeds(attacks)) for d in own]
             held = [(d, seeds, self.worst(d, attacks, seeds)) for d, seeds in run_on if seeds]
             pairs = [(d, c) for d in own if not (d.control or d.undefended) for c in own if c.controls(d)]
-            each = [(d, c, self.difference(d, c, attacks, shared)) for d, c in pairs]
+            each = [(d, c, self.difference(d, c, attacks)) for d, c in pairs]
             if held:
                 found.append(Further(name, held, [(d, c, x) for d, c, x in each if x is not None]))
         return found
@@ -361,15 +368,14 @@ class Grid:
         lines = [*(verdict.line for verdict in self.verdicts), *(more.line for more in self.further)]
         return [*lines, self.left_out] if self.left_out else lines
 
-    def difference(
-        self, a: Defended, b: Defended, attacks: Sequence[str] = (), seeds: Sequence[Any] = ()
-    ) -> Difference | None:
-        """`a` less `b`, see `worst`; None where they share no sample."""
+    def difference(self, a: Defended, b: Defended, attacks: Sequence[str] = ()) -> Difference | None:
+        """`a` less `b` under several removal attacks together (those that all were attacked by, unless said), on the
+        seeds that both have; None where they share no sample."""
         robust: dict[Any, dict[Any, float]] = {}
         valid, area, larger = dict(robust), dict(robust), dict(robust)
         attacks = [name for name in attacks or self.attacks if name in a.attacks and name in b.attacks]
         shared = [seed for seed in a.seeds(attacks) if seed in b.seeds(attacks)]
-        for seed in (seed for seed in shared if not seeds or seed in seeds):
+        for seed in shared:
             first, second = a.outcomes(seed, attacks), b.outcomes(seed, attacks)
             both = {key: (first[key], second[key]) for key in first if key in second}
             if not both:
@@ -408,8 +414,12 @@ class Grid:
             unlike = tuple(c.name for c in match if c.control and not c.controls(defense))
             found.append(replace(_judged(defense, gain, controls), missing=missing, unlike=unlike))
         judged = [verdict for verdict in found if verdict.beyond is not None]
-        p, p_larger = iter(holm([v.p for v in judged])), iter(holm([v.p_larger for v in judged]))
-        return [v if v.beyond is None else replace(v, p=next(p), p_larger=next(p_larger)) for v in found]
+        p = iter(holm([v.p for v in judged]))
+        larger, smaller = iter(holm([v.p_larger for v in judged])), iter(holm([v.p_smaller for v in judged]))
+        return [
+            v if v.beyond is None else replace(v, p=next(p), p_larger=next(larger), p_smaller=next(smaller))
+            for v in found
+        ]
 
 
 def _judged(defense: Defended, gain: Difference | None, controls: Sequence[tuple[Defended, Difference]]) -> Verdict:
@@ -420,6 +430,8 @@ def _judged(defense: Defended, gain: Difference | None, controls: Sequence[tuple
         return Verdict(defense, gain, controls, None, None)
     larger = all((beyond.larger["value"] or 0) < 0 for _, beyond in ranked)
     p_larger = max(beyond.p_larger for _, beyond in ranked) if larger else 1.0
+    smaller = [beyond.p_larger for _, beyond in ranked if (beyond.larger["value"] or 0) > 0]
+    p_smaller = min(1.0, min(smaller) * len(controls)) if smaller else 1.0
     worse = [pair for pair in ranked if pair[1].points < 0]
     if worse:
         steadily = [pair for pair in worse if max(pair[1].by_seed.values()) < 0]
@@ -432,7 +444,7 @@ def _judged(defense: Defended, gain: Difference | None, controls: Sequence[tuple
         p, steady = beyond.p, all(points > 0 for _, other in ranked for points in other.by_seed.values())
         if not steady and p < LEVEL:  # the one that stands against it
             control, beyond = min(ranked, key=lambda pair: min(pair[1].by_seed.values()))
-    return Verdict(defense, gain, controls, control, beyond, p, p_larger, steady)
+    return Verdict(defense, gain, controls, control, beyond, p, p_larger, p_smaller, steady)
 
 
 def grids(runs: Sequence[Run]) -> list[Grid]:
@@ -458,19 +470,31 @@ def grids(runs: Sequence[Run]) -> list[Grid]:
 
 
 def _common(defenses: Sequence[Defended]) -> list[str]:
-    """The attacks that all hardened models were attacked by, less removals that would leave these no seed in common."""
+    """The attacks that all hardened models were attacked by, less removals that would take a seed from most of these,
+    or leave them none in common."""
     hardened = [d for d in defenses if not d.undefended]
     order = dict.fromkeys(name for d in defenses for name in d.attacks)
     names = [name for name in order if all(name in d.attacks for d in hardened)]
 
-    def shared(attacks: Sequence[str]) -> set[Any]:
-        return set.intersection(*(set(d.seeds(attacks)) for d in hardened))
+    def others(name: str) -> list[str]:
+        return [n for n in names if n != name]
 
-    def without(name: str) -> tuple[int, int]:
-        return len(shared([n for n in names if n != name])), -sum(len(d.attacks[name].runs) for d in hardened)
+    def shared(attacks: Sequence[str]) -> int:
+        return len(set.intersection(*(set(d.seeds(attacks)) for d in hardened)))
 
-    while len(removals := [row.name for row in hardened[0].removals(names)]) > 1 and not shared(names):
-        names.remove(max(removals, key=without))
+    def runs(name: str) -> int:
+        return sum(len(d.attacks[name].runs) for d in hardened)
+
+    def taken(name: str) -> int:
+        return sum(len(d.seeds(names)) < len(d.seeds(others(name))) for d in hardened)
+
+    while len(removals := [row.name for row in hardened[0].removals(names)]) > 1:
+        if not shared(names):
+            names.remove(max(removals, key=lambda name: (shared(others(name)), -runs(name))))
+        elif 2 * max(map(taken, removals)) > len(hardened):
+            names.remove(max(removals, key=lambda name: (taken(name), -runs(name))))
+        else:
+            break
     return names
 
 

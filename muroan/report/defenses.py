@@ -171,7 +171,7 @@ def _lines(found: Sequence[Grid]) -> list[list[object]]:
     head: list[object] = ["dataset", "model", "defense", "control", "attack", "seeds", "samples"]
     head += [metric + span for metric in METRICS for span in spans]
     costs = ["rows", "attack_forwards", "attack_backwards", "seconds"]
-    lines = [[*head, *costs, "verdict", "larger", *(f"{metric}_by_seed" for metric in BY_SEED)]]
+    lines = [[*head, *costs, "verdict", "larger", "smaller", *(f"{metric}_by_seed" for metric in BY_SEED)]]
     for grid in found:
         verdicts = {verdict.defense.name: verdict for verdict in grid.verdicts}
         for defense in grid.defenses:
@@ -181,15 +181,15 @@ def _lines(found: Sequence[Grid]) -> list[list[object]]:
             for name, row in defense.attacks.items():
                 seeds = " ".join(str(run.about.get("seed")) for run in row.runs)
                 each = {run.about.get("seed"): Row((run,), name).value(BY_SEED[0]) for run in row.runs}
-                told = ["", "", json.dumps(each), ""]
+                told = ["", "", "", json.dumps(each), ""]
                 lines.append([*own, name, seeds, row.samples, *_numbers(row.summary), *paid, *told])
             verdict = verdicts.get(defense.name)
-            said = ["", ""] if verdict is None else [verdict.word, verdict.larger]
+            said = ["", "", ""] if verdict is None else [verdict.word, verdict.larger, verdict.smaller]
             worst = [(WORST, grid.attacks, defense.seeds(grid.attacks), grid.worst(defense), said)]
             for more in grid.further:
                 held = [(seeds, figures) for other, seeds, figures in more.held if other is defense]
                 named = f"{WORST} with {more.attack}", [*grid.attacks, more.attack]
-                worst += [(*named, list(seeds), figures, ["", ""]) for seeds, figures in held]
+                worst += [(*named, list(seeds), figures, ["", "", ""]) for seeds, figures in held]
             for name, attacks, run_on, figures, said in worst:
                 alone = {seed: grid.worst(defense, attacks, [seed]) for seed in run_on}
                 by_seed = [json.dumps({seed: f[metric]["value"] for seed, f in alone.items()}) for metric in BY_SEED]
