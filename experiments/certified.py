@@ -20,7 +20,7 @@ from muroan.cli.jobs import planned
 from muroan.metrics import pooled
 from muroan.report.cells import Cell
 from muroan.report.compare import Estimate
-from muroan.report.markup import markdown_table, write_csv
+from muroan.report.markup import write_csv
 from muroan.report.plots import Certified, certified_curves
 from muroan.report.tables import figure, interval
 from muroan.runs import Run
@@ -169,12 +169,9 @@ def main() -> None:
     if votes:
         (out / "certified.png").write_bytes(certified_curves(votes))
     budget = dict(word.split("=", 1) for word in [*VOTE, *sweep.options])["threat_model.max_queries"]
-    page = out / "certified.md"
     caption = CAPTION.format(samples=sweep.samples, budget=budget)
     lines = [written(row, spans) for row, spans in zip(rows, intervals, strict=True)]
-    table = markdown_table([HEADS, *lines], texts=4)
-    page.write_text(f"{caption}\n\n{table}\n{JOINT[joint]}{CURVES}\n\n{missing}")
-    sweep.finish(page)
+    sweep.page("certified", caption, [HEADS, *lines], 4, f"{JOINT[joint]}{CURVES}\n\n", missing)
 
 
 def written(row: Sequence[object], spans: Sequence[Estimate]) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 from sweep import OUT, Sweep
 
 from muroan.report.cells import Cell
-from muroan.report.markup import markdown_table, write_csv
+from muroan.report.markup import write_csv
 from muroan.report.tables import figure
 from muroan.results import AttackResult
 
@@ -94,9 +94,7 @@ def main() -> None:
         lines.append([*map(str, row[:5]), figure(row[5], "rate"), *sizes[:2], *map(str, row[8:11]), *sizes[2:]])
     asked = sweep.chosen["asked"]
     caption = CAPTION.format(samples=sweep.samples, budget=sweep.budget, asked=asked, least=LEAST)
-    page = out / "minimum.md"
-    page.write_text(f"{caption}\n\n{markdown_table([HEADS, *lines], texts=3)}\n{missing}")
-    sweep.finish(page)
+    sweep.page("minimum", caption, [HEADS, *lines], 3, missing)
 
 
 if __name__ == "__main__":

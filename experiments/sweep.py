@@ -32,6 +32,7 @@ from muroan.cli.jobs import planned
 from muroan.errors import MuroanError
 from muroan.report import compare
 from muroan.report.cells import Cell, Known, Table, read_cell
+from muroan.report.markup import markdown_table, slanted_table
 from muroan.results import write_json
 
 OUT = Path("outputs/experiments")
@@ -213,6 +214,21 @@ class Sweep:
         """Write beside a table the paired tests of `muroan compare`, on the samples that its runs share."""
         if folders := [cell.folder for entry in table.entries for cell in entry.cells if cell.run is not None]:
             print(compare.write(folders, OUT / table.name / "compare"))
+
+    def page(self, name: str, caption: str, rows: Sequence[Sequence[str]], texts: int, *notes: str) -> None:
+        """Write a table of other figures than attacks have, in Markdown and LaTeX, to its folder, and show it.
+
+        Args:
+            rows, texts: see `markdown_table`; notes: below the table, each with its line end.
+        """
+        out = OUT / name
+        out.mkdir(parents=True, exist_ok=True)
+        told = [line.removeprefix("- ") for line in "".join(notes).splitlines() if line]
+        latex = f"% Needs the packages booktabs and graphicx.\n{slanted_table(caption, rows, told, texts)}"
+        (out / f"{name}.tex").write_text(latex, encoding="utf-8")
+        page = out / f"{name}.md"
+        page.write_text("\n".join([f"{caption}\n", markdown_table(rows, texts), "".join(notes)]), encoding="utf-8")
+        self.finish(page)
 
     def finish(self, page: Path) -> None:
         """Note beside a page what made it, and show the page."""

@@ -6,7 +6,7 @@ from statistics import mean
 
 from sweep import OUT, Sweep
 
-from muroan.report.markup import markdown_table, write_csv
+from muroan.report.markup import write_csv
 from muroan.report.tables import figure
 
 MODALITIES = {"easy_vqa": ["image", "text"], "digit_sum": ["image", "audio"]}
@@ -33,9 +33,7 @@ def main() -> None:
     write_csv(out / "unimodal.csv", rows)
     lines = [[*map(str, rows[0][:-1]), "test accuracy (%)"]]
     lines += [[*map(str, names), figure(accuracy, "rate")] for *names, accuracy in rows[1:]]
-    page = out / "unimodal.md"
-    page.write_text(f"{CAPTION}\n\n{markdown_table(lines, texts=4)}\n{missing}")
-    sweep.finish(page)
+    sweep.page("unimodal", CAPTION, lines, 4, missing)
 
 
 if __name__ == "__main__":

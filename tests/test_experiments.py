@@ -389,7 +389,6 @@ class TestCommands:
         assert "- not run: easy_vqa · late_fusion, seed 1\n- not run: easy_vqa · mmbt, seed 0, 1\n" in page
         assert [row[1:3] for row in rows_of(page)[1:]] == [["late_fusion", "0"]]
 
-    @pytest.mark.slow
     def test_unimodal(self, workplace, monkeypatch):
         here(monkeypatch, workplace, "unimodal", "quick", "dataset.train_limit=64")
         table = rows_of((workplace / OUT / "unimodal/unimodal.md").read_text())
@@ -427,6 +426,9 @@ class TestCommands:
         page = (workplace / OUT / "certified/certified.md").read_text()
         assert "- not run: easy_vqa · late_fusion, larger, seed 1\n" in page
         assert [line[:4] for line in rows_of(page)[1:]] == [["easy_vqa", "late_fusion", "larger", "0"]]
+        latex = (workplace / OUT / "certified/certified.tex").read_text()
+        assert r"easy\_vqa & late\_fusion & larger & 0 & " in latex
+        assert r"{\footnotesize not run: easy\_vqa $\cdot$ late\_fusion, larger, seed 1}" in latex
 
     def test_missing_cells_are_named(self, workplace, monkeypatch):
         here(monkeypatch, workplace, "vulnerability", "quick", "tabulate", "seeds=0,1", "models=late_fusion,mmbt")

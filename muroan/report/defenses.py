@@ -9,7 +9,7 @@ from pathlib import Path
 from muroan.report import plots
 from muroan.report.compare import Estimate, Row
 from muroan.report.defense_grid import Defended, Difference, Grid, grids, valid_only
-from muroan.report.markup import escaped, latex_table, markdown_table, tex, write_csv
+from muroan.report.markup import escaped, markdown_table, slanted_table, write_csv
 from muroan.report.tables import figure, interval, whole
 from muroan.runs import Run, find_runs
 
@@ -156,12 +156,7 @@ def latex(found: Sequence[Grid]) -> str:
     each = [(g.name, table(g), [*g.said, NOTE]) for g in found]
     if len(found) > 1:
         each.insert(0, ("All models", overview(found), [OVERVIEW]))
-    tables = []
-    for caption, (heads, *rows), notes in each:
-        head = [" & ".join(rf"\rotatebox{{60}}{{{tex(cell)}}}" for cell in heads) + r" \\"]
-        body = [" & ".join(map(tex, row)) + r" \\" for row in rows]
-        style = r"\scriptsize\setlength{\tabcolsep}{3pt}"
-        tables.append(latex_table(caption, "l" + "r" * (len(heads) - 1), head, body, notes, style))
+    tables = [slanted_table(caption, rows, notes) for caption, rows, notes in each]
     return "% Needs the packages booktabs and graphicx.\n" + "\n".join(tables)
 
 

@@ -132,6 +132,19 @@ def latex_table(
     )
 
 
+def slanted_table(caption: str, rows: Sequence[Sequence[str]], notes: Sequence[str] = (), texts: int = 1) -> str:
+    """A table in LaTeX whose many headings are slanted: it needs the packages booktabs and graphicx.
+
+    Args:
+        rows, texts: as for `markdown_table`; notes: below the table.
+    """
+    heads, *lines = rows
+    head = [" & ".join(rf"\rotatebox{{60}}{{{tex(cell)}}}" for cell in heads) + r" \\"]
+    body = [" & ".join(map(tex, line)) + r" \\" for line in lines]
+    columns = "l" * texts + "r" * (len(heads) - texts)
+    return latex_table(caption, columns, head, body, notes, r"\scriptsize\setlength{\tabcolsep}{3pt}")
+
+
 def latex_grid(grid: TextTable, notes: Sequence[str]) -> str:
     width = len(grid.heads)
     uppers, lowers = zip(*map(_stacked, grid.heads), strict=True)
