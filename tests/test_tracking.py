@@ -140,7 +140,7 @@ def test_a_sweep_is_a_group_and_each_job_a_run(sweep, trained: Path) -> None:
         for name in ("clean_accuracy", "robust_accuracy", "attack_success_rate", "queries"):
             running, final = run.steps(f"running/{name}"), run.steps(f"attack/{name}")
             assert list(running) == list(range(1, 13)), "a point a sample, in their order"
-            assert list(final.values()) == [pytest.approx(running[12])]
+            assert final == {12: pytest.approx(running[12])}, "after the last of them"
         weights = json.loads((job / "run.json").read_text())["checkpoint"]["sha256"]
         assert run.config["weights"] == weights
         assert run.artifacts["model"] == {"best.ckpt": trained / "best.ckpt"}
