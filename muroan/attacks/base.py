@@ -240,6 +240,16 @@ class AttackedSample:
         picks = self.rng.choice(len(universe), min(parts, len(universe)), replace=False)
         return Removal.of(*(universe[i] for i in picks))
 
+    def chosen(self, modalities: Sequence[str] | None) -> list[str]:
+        """The names of the modalities that an attack is to work on: all, where it names none.
+
+        Raises:
+            MuroanError: the model does not have one of them.
+        """
+        if absent := [name for name in modalities or () if name not in self.modalities]:
+            raise MuroanError(f"attack.modalities names {absent}, the model has {list(self.modalities)}")
+        return list(modalities or self.modalities)
+
     def demand(self, attack: str, least: int, what: str) -> None:
         """Refuse to start a search whose first phase the budget has no room for.
 

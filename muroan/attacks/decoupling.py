@@ -180,10 +180,7 @@ class Decoupling(Attack):
     # -- the search -----------------------------------------------------------------------------------------
 
     def search(self, sample: AttackedSample) -> Search:
-        names = self.modalities or list(sample.modalities)
-        absent = [name for name in names if name not in sample.modalities]
-        if absent:
-            raise MuroanError(f"attack.modalities names {absent}, the model has {list(sample.modalities)}")
+        names = sample.chosen(self.modalities)
         if self.valid_only and sample.valid is None:
             raise MuroanError("attack.valid_only needs a dataset that can tell whether a label is still right")
         if sample.threat_model.max_queries is None and self.patience == math.inf:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from muroan.attacks.base import Ask, Attack, AttackedSample, BudgetExhausted, Search, descend
 from muroan.attacks.greedy import ROUNDING, ranked
-from muroan.errors import MuroanError, check_whole
+from muroan.errors import check_whole
 from muroan.modalities import Removal
 
 
@@ -37,10 +37,7 @@ class DecouplingFast(Attack):
         self.modalities = None if modalities is None else list(modalities)
 
     def search(self, sample: AttackedSample) -> Search:
-        names = self.modalities or list(sample.modalities)
-        absent = [name for name in names if name not in sample.modalities]
-        if absent:
-            raise MuroanError(f"attack.modalities names {absent}, the model has {list(sample.modalities)}")
+        names = sample.chosen(self.modalities)
         best, lowest = Removal(), sample.clean.margin
         for _ in range(self.rounds):
             roots = [sample.root(names[sample.rng.integers(len(names))]) for _ in range(self.width)]
