@@ -143,6 +143,7 @@ class Sweep:
         ready = [*shared, f"attack={left[0].attack}", *([limit] if self.quick else [])]  # options may be its own
         self._prepare("train", ready, left)
         if defense != "none":
+            self._check_starts(ready, left)
             self._prepare("harden", ready, left)
         for cell in () if self.again else every:
             if cell.run is not None:
@@ -163,6 +164,19 @@ class Sweep:
             self.remade |= set[Path]().union(*places)
         if models:
             muroan(command, "-m", *words, f"model={_listed(models)}", f"seed={_listed(seeds)}")
+
+    def _check_starts(self, words: Sequence[str], left: Sequence[Cell]) -> None:
+        """Refuse to harden what was trained again, to other weights than those of the runs that were read so far."""
+        jobs = [[*words, f"model={model}"] for model in dict.fromkeys(c.model for c in left)]
+        for places in planned("train", jobs, list(dict.fromkeys(c.seed for c in left))):
+            for folder, _ in places:
+                weights = json.loads((folder / "summary.json").read_text())["weights"][:12]
+                if (known := self.weights.get(folder.name, weights)) != weights:
+                    sys.exit(
+                        f"{folder} was trained again, to other weights ({weights}) than those of the table's runs on "
+                        f"it ({known}), so that nothing that is hardened from it can stand beside them: remove these "
+                        f"runs, and run the table again"
+                    )
 
     def trained(self, dataset: str, *options: str) -> dict[str, list[dict[str, Any] | None]]:
         """Train what is not trained.
@@ -203,6 +217,12 @@ class Sweep:
                     f"{cell.folder} is of other weights ({weights}) than the table's other runs of {trained} "
                     f"({self.weights[trained]}), so that they cannot stand side by side: remove it, or those, and run "
                     f"the table again"
+                )
+            if (start := started_from(cell)) and self.weights.setdefault(*start) != start[1]:
+                sys.exit(
+                    f"{cell.folder} is of a model that was hardened from other weights ({start[1]}) than those of the "
+                    f"table's other runs of {start[0]} ({self.weights[start[0]]}), so that they cannot stand side by "
+                    f"side: remove it, or those, and run the table again"
                 )
         return found
 
@@ -249,6 +269,13 @@ def trained_in(cell: Cell) -> Path:
     assert cell.run is not None
     path = (cell.run.about.get("checkpoint") or {}).get("path")
     return Path(path).parent if path else Path(f"{cell.dataset}-{cell.model}")
+
+
+def started_from(cell: Cell) -> tuple[str, str] | None:
+    """The folder's name and the weights of what a cell's model was hardened from, where its training tells."""
+    file = trained_in(cell) / "summary.json"
+    told = json.loads(file.read_text()) if file.exists() else {}
+    return (Path(told["start"]).parent.name, told["start_weights"][:12]) if told.get("start_weights") else None
 
 
 def _check_weights(cell: Cell) -> None:

@@ -25,7 +25,7 @@ from muroan.attacks.base import Kind
 from muroan.certification import Certificate, CertificateFolder, summarise
 from muroan.metrics import columns
 from muroan.report.cells import METRICS, Cell, Entry, Known, Table, columns_within, read_cell, side_by_side
-from muroan.results import AttackResult, Count, RunFolder
+from muroan.results import AttackResult, Count, RunFolder, write_json
 
 # (queries, percent of the input) at every flip seen of a sample, None for one that was wrong before the attack.
 Seen = list[tuple[int, int]] | None
@@ -468,6 +468,19 @@ class TestCommands:
             SystemExit, match=r"c-0 is of other weights \(w3\) than the table's other runs of d-m-mmcert-1"
         ):
             sweep._noted({("m", "c"): (cell("c", "d-m-mmcert-1", "w3"),)})
+
+        # What a model was hardened from is held against the undefended runs, be it there or about to be made.
+        monkeypatch.chdir(tmp_path)
+        for name, told in (("d-m-1", {"weights": "new"}), ("d-m-hard-1", {"weights": "w5", "start_weights": "new"})):
+            folder = Path("outputs/train") / name
+            folder.mkdir(parents=True)
+            write_json(folder / "summary.json", {**told, "start": "outputs/train/d-m-1/best.ckpt"})
+        sweep._noted({("m", "a"): (cell("a", "d-m-1", "w4"),)})
+        with pytest.raises(SystemExit, match=r"hardened from other weights \(new\) than those .* runs of d-m-1 \(w4\)"):
+            sweep._noted({("m", "a"): (cell("a", "d-m-hard-1", "w5"),)})
+        monkeypatch.setattr("sweep.planned", lambda *_: [[(Path("outputs/train/d-m-1"), {})]])
+        with pytest.raises(SystemExit, match=r"d-m-1 was trained again, to other weights \(new\) than .* on it \(w4\)"):
+            sweep._check_starts([], [cell("a", "d-m-1", "w6")])
 
     def test_what_chooses_values_is_a_table_of_its_own(self, workplace, monkeypatch):
         if not (workplace / OUT / "values").exists():
