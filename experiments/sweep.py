@@ -170,8 +170,9 @@ class Sweep:
         jobs = [[*words, f"model={model}"] for model in dict.fromkeys(c.model for c in left)]
         for places in planned("train", jobs, list(dict.fromkeys(c.seed for c in left))):
             for folder, _ in places:
-                weights = json.loads((folder / "summary.json").read_text())["weights"][:12]
-                if (known := self.weights.get(folder.name, weights)) != weights:
+                known, file = self.weights.get(folder.name), folder / "summary.json"
+                weights = json.loads(file.read_text())["weights"][:12] if known and file.exists() else known
+                if weights != known:
                     sys.exit(
                         f"{folder} was trained again, to other weights ({weights}) than those of the table's runs on "
                         f"it ({known}), so that nothing that is hardened from it can stand beside them: remove these "
