@@ -525,7 +525,7 @@ class QueryEngine:
             restored = [not self.attack.reached(sample.label, response) for response in responses]
             result.one_minimal = all(
                 back or (self.attack.valid_only and valid is not None and valid(removal) is not True)
-                for back, removal in zip(restored, one_less, strict=False)
+                for back, removal in zip(restored[: len(one_less)], one_less, strict=True)
             )
             result.interaction = all(restored[len(one_less) :]) if alone else None
         if self.still_valid is not None:
