@@ -1,6 +1,6 @@
 """The records behind the tables, kept with the code, so that tables can be made again and go on elsewhere.
 
-    python experiments/archive.py pack      # outputs -> experiments/records, an archive a dataset and model
+    python experiments/archive.py pack      # outputs -> experiments/records, an archive a dataset, model and seed
     python experiments/archive.py unpack    # experiments/records -> outputs; folders that are there stay as they are
 
 Another folder than experiments/records may follow the word.
@@ -28,12 +28,14 @@ FILES = ("run.json", "records.jsonl", "certificates.jsonl", "summary.json", "ide
 
 
 def finished() -> dict[str, list[Path]]:
-    """The files of every finished training, attack and certificate, by dataset and model."""
+    """The files of every finished training, attack and certificate, by dataset, model and seed."""
     found: dict[str, list[Path]] = {}
     for pattern in ("train/*", "certify/*", "experiments/attacks/*"):
         for folder in sorted(OUTPUTS.glob(pattern)):
             if (folder / "summary.json").exists():  # written last
-                name = "-".join(folder.name.split("-")[:2])  # dataset and model have no hyphens
+                told = next(folder / file for file in ("run.json", "summary.json") if (folder / file).exists())
+                seed = json.loads(told.read_text())["identity"]["seed"]
+                name = "-".join([*folder.name.split("-")[:2], f"seed_{seed}"])  # dataset and model have no hyphens
                 found.setdefault(name, []).extend(folder / file for file in FILES if (folder / file).exists())
     return found
 

@@ -250,9 +250,8 @@ class AttackCallback(RecordingCallback):
             value = metric.to(pl_module.device).compute()
             for key, figure in (value if isinstance(value, dict) else {name: value}).items():
                 pl_module.log(f"attack/{key}", figure.float(), rank_zero_only=True)
-        pl_module.log(
-            "step", float(self._sums["samples"]), rank_zero_only=True
-        )  # Lightning's word: after `running/...`
+        # Lightning's word for the step of what is logged with it: after `running/...`.
+        pl_module.log("step", float(self._sums["samples"]), rank_zero_only=True)
         disagreements = torch.tensor(self.engine.statistics.disagreements, device=pl_module.device)
         found = int(trainer.strategy.reduce(disagreements, reduce_op="sum"))
         self.finish(trainer, disagreements=found + self._folder.run.get("disagreements", 0))  # before it went on

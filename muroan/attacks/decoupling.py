@@ -461,8 +461,9 @@ class Hunt:
     def look_at_embedding(self) -> None:
         """Where the margin has said nothing, as of a model that tells labels alone, go by how far the fusion embedding
         moves."""
-        distances, shifts = self.distances[: self.known], self.shifts[: self.known]
-        flat = np.ptp(distances[~self.flipped[: self.known]]) <= ROUNDING * abs(distances[0])
+        held = ~self.flipped[: self.known]
+        distances, shifts = self.distances[: self.known][held], self.shifts[: self.known][held]
+        flat = np.ptp(distances) <= ROUNDING * abs(distances[0])
         if not flat or self.attack.embedding is not None or np.ptp(shifts) <= ROUNDING:
             return
         self.by_shift = True
