@@ -41,6 +41,8 @@ CLEAN, VERIFY, AUDIT = OWN_PHASES = ("clean", "verify", "audit")
 GLANCE = 5e-4  # seconds of waiting for searches in other processes before a look whether a GPU is done
 LOOK_AHEAD = 32  # removals drawn at most to find a new question: an ask may repeat itself without end
 
+REGIONS = frozenset([Region])
+
 AUTOCAST = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}
 
 
@@ -104,7 +106,7 @@ def _shrinking(flips: Iterable[tuple[int, float, float]], last: float) -> list[t
 
 def _is_removal(found: Any) -> bool:
     """Whether this is a removal of regions: `Removal(region)` is none, for a region is a tuple, too."""
-    return isinstance(found, Removal) and {Region}.issuperset(map(type, found.regions))
+    return isinstance(found, Removal) and REGIONS.issuperset(map(type, found.regions))
 
 
 @dataclass(eq=False, slots=True)
@@ -121,8 +123,9 @@ class _Live:
         refused: whether the budget kept a function of the attack's from a pass; see `Target.refused`.
         wanted: questions that wait for a batch; in_flight: how many are in one.
         reply: what its search said last, where that runs in a process of its own.
-        window, upcoming: removals of an `until` ask, drawn and not yet drawn; with each drawn one goes the state that
-            the search's random generator was left in, as running ahead must not change what is drawn later.
+        window, upcoming: removals of an ask, drawn and not yet drawn; of an `until` ask, with each drawn one goes the
+            state that the search's random generator was left in, as running ahead must not change what is drawn later.
+        posed: the keys of the ask that the model was given one by one; stops: whether it is an `until` ask.
     """
 
     sample: Sample
@@ -145,6 +148,8 @@ class _Live:
     in_flight: int = 0
     window: deque[tuple[Key, Removal, Any]] = field(default_factory=deque)
     upcoming: Iterator[Removal] = field(default_factory=lambda: iter(()))
+    posed: set[Key] = field(default_factory=set)
+    stops: bool = False
     rng: np.random.Generator | None = None
 
     def key(self, removal: Removal) -> Key:
@@ -157,7 +162,7 @@ class _Live:
 
     def answered(self, key: Key, phase: str) -> Response:
         """Give out an answer and enter it into the ledger."""
-        count = self.ledger.setdefault(phase, Count())
+        count = self.ledger.get(phase) or self.ledger.setdefault(phase, Count())
         if key in self.asked:
             count.cache_hits += 1
         else:
@@ -177,10 +182,10 @@ class _Live:
         return key in self.asked or phase in OWN_PHASES or self.budget >= 1
 
     def draw(self) -> bool:
-        """Draw one more removal of an `until` ask into the window; False when there is none."""
+        """Draw one more removal of an ask into the window; False when there is none."""
         removal = next(self.upcoming, None)
         if removal is not None:
-            state = None if self.rng is None else self.rng.bit_generator.state
+            state = self.rng.bit_generator.state if self.stops and self.rng is not None else None
             self.window.append((self.key(removal), removal, state))
         return removal is not None
 
@@ -190,13 +195,15 @@ class _Live:
             if len(self.window) >= self.budget or not self.draw():
                 return None
             key, removal, _ = self.window[-1]
-            if key not in self.answers and sum(key == other for other, _, _ in self.window) == 1:
+            if key not in self.answers and key not in self.posed:
+                self.posed.add(key)
                 return _Question(self, key, removal)
         return None
 
     def close_ask(self) -> None:
         """Forget what was drawn ahead."""
         self.window.clear()
+        self.posed.clear()
         self.upcoming = iter(())
 
 
@@ -654,7 +661,7 @@ class QueryEngine:
         """Responses to an ask, in order; yields the questions that are not answered yet."""
         window, responses = live.window, list[Response]()
         live.close_ask()
-        live.upcoming = iter(ask.removals)
+        live.upcoming, live.stops = iter(ask.removals), ask.until is not None
         if ask.until is None:
             room = math.inf if ask.phase in OWN_PHASES else live.budget
             new: dict[Key, Removal] = {}
@@ -673,6 +680,7 @@ class QueryEngine:
                 live.close_ask()
                 raise BudgetExhausted(responses)
             if key not in live.answers:
+                live.posed.add(key)
                 yield [_Question(live, key, removal)]
             window.popleft()
             response = live.answered(key, ask.phase)
@@ -923,10 +931,10 @@ class QueryEngine:
 
     @staticmethod
     def _responses(packed: np.ndarray, classes: int) -> list[Response]:
-        logits, rest = packed[:, :classes], packed[:, classes:]
+        logits, rest = packed[:, :classes], packed[:, classes:].tolist()
         return [
-            Response(int(label), float(margin), int(argmax), float(shift), row, float(lead))
-            for label, (margin, argmax, shift, lead), row in zip(logits.argmax(1), rest, logits, strict=True)
+            Response(label, margin, int(argmax), shift, row, lead)
+            for label, (margin, argmax, shift, lead), row in zip(logits.argmax(1).tolist(), rest, logits, strict=True)
         ]
 
     def _check_repeatable(self, sent: _Sent) -> None:
@@ -972,13 +980,12 @@ class QueryEngine:
         embedding, logits = prediction
         if AUTOCAST[self.precision]:
             embedding, logits = embedding.float(), logits.float()
-        clean = self._store.embedding
-        assert clean is not None
-        labels = self._store.labels[slots]
+        assert self._store.embedding is not None
+        labels, clean = self._store.labels.index_select(0, slots), self._store.embedding.index_select(0, slots)
         margin = Target.margin(Prediction(embedding, logits), labels)
-        shift = 1 - torch.cosine_similarity(embedding, clean[slots], dim=1)
+        shift = 1 - torch.cosine_similarity(embedding, clean, dim=1)
         # How far the largest entry of the clean embedding leads the others: a margin, as of a class. One alone leads.
-        lead = Target.margin(Prediction(embedding, embedding), clean[slots].argmax(1))
+        lead = Target.margin(Prediction(embedding, embedding), clean.argmax(1))
         lead = lead.nan_to_num(nan=float("nan"), posinf=1)
         numbers = [logits, margin[:, None], embedding.argmax(1, keepdim=True), shift[:, None], lead[:, None]]
         return torch.cat([n.double() for n in numbers], 1)
@@ -992,7 +999,7 @@ class QueryEngine:
         parts: dict[Any, int] = {}  # what is left of which sample, and the first row that has it
         part_of: dict[int, Any] = {}  # rows that are touched
         for row, q in enumerate(questions):
-            removed = next((number for n, number in q.key if n == name), 0)
+            removed = dict(q.key).get(name, 0)
             if removed or q.fresh or not q.key or not self.reuse_features:
                 part_of[row] = (q.live.number, removed) if self.reuse_features and not q.fresh else row
                 parts.setdefault(part_of[row], row)
@@ -1007,8 +1014,10 @@ class QueryEngine:
             found.append(self._encode_new(name, [questions[parts[part]] for part in new]))
             # What is whole lies in the slots, and what is fresh is to be encoded anew each time.
             if kept := [i for i, part in enumerate(new) if isinstance(part, tuple) and part[1]]:
-                at = self._store.tensor(kept)
-                store.remember(name, [new[i] for i in kept], map_features(take_rows(at), found[-1]))
+                features = found[-1]
+                if len(kept) < len(new):
+                    features = map_features(take_rows(self._store.tensor(kept)), features)
+                store.remember(name, [new[i] for i in kept], features)
         encoded = found[0] if len(found) == 1 else map_features(lambda *t: torch.cat(t), *found)
         order = {part: i for i, part in enumerate([*recalled, *new])}
         source = [order[part] for part in part_of.values()]

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as PILImage
 
+from muroan import modalities
 from muroan.errors import MuroanError
 from muroan.modalities import (
     Audio,
@@ -30,6 +31,7 @@ from muroan.modalities import (
     elements,
     gaussian_blur,
     removed_elements,
+    replace_boxes,
     stable_seed,
     word_edits,
 )
@@ -210,6 +212,27 @@ def test_blanked_keeps_every_bit_outside_the_mask(dtype, followed):
     if followed:
         (gradient,) = torch.autograd.grad(blanked(x, mask).abs().sum(), x)
         assert (gradient[mask.expand_as(x)] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.complex128])
+@pytest.mark.parametrize("values", [0, 3, torch.randn(4, 3, 5, 7, dtype=torch.float64)], ids=["zero", "three", "own"])
+@pytest.mark.parametrize("count", [1, 9 * modalities.FEW_BOXES])  # written one by one, or by a mask
+def test_values_in_boxes_leave_every_bit_elsewhere(dtype, values, count):
+    x = (5 * torch.randn(4, 3, 5, 7, dtype=torch.float64)).to(dtype)
+    if dtype != torch.int64:
+        x[0, 0, 0], x[1, 1, 1], x[2, 2, 2] = math.nan, -math.inf, -0.0
+    before, boxes = x.clone(), torch.randint(-1, 7, (4, count, 4))
+    boxes[3] = 0  # none in the last row
+    found = replace_boxes(x, boxes, values)
+    assert torch.equal(x.view(torch.uint8), before.view(torch.uint8))
+    expected = before
+    for row, box in itertools.product(range(4), range(count)):
+        for i, j in itertools.product(range(5), range(7)):
+            a, b, c, d = boxes[row, box].tolist()
+            if a <= i < c and b <= j < d:
+                expected[row, :, i, j] = values if isinstance(values, int) else values[row, :, i, j].to(dtype)
+    assert found.dtype == dtype
+    assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=12))
