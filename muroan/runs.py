@@ -189,12 +189,13 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
     for folder in map(Path, folders):
         below = [file.parent.resolve() for file in folder.rglob("run.json")] if folder.is_dir() else []
         # A folder of certificates is only looked at, and refused, when it is named itself.
-        attacked = [path for path in below if path == folder.resolve() or not _certifies(path)]
+        attacked = [path for path in below if path == folder.resolve() or not certifies(path)]
         if not attacked:
             missing = "has no run.json in it or below it" if folder.is_dir() else "is not a folder"
             if below:
                 missing = (
-                    "holds certificates alone, which certification.attacked=[RUN] of `muroan certify` puts beside runs"
+                    "holds certificates alone; certification.attacked=[RUN] of `muroan certify` puts them beside runs, "
+                    "and so does `muroan report` where runs are named, too"
                 )
             raise MuroanError(f"{folder} {missing}: name a folder that `muroan attack` wrote, or one that holds such")
         found.update(attacked)
@@ -208,7 +209,7 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
     return _label(runs)
 
 
-def _certifies(path: Path) -> bool:
+def certifies(path: Path) -> bool:
     """Whether a folder is that of a certification, perhaps one that has no certificate yet."""
     about = RunFolder(path).run
     return "attack" not in about and "certification" in (about.get("identity") or {})

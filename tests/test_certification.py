@@ -34,8 +34,11 @@ from muroan.data.samples import Batch
 from muroan.defenses.mmcert import Ablation, SmoothedModel
 from muroan.engine import evaluate
 from muroan.errors import MuroanError
+from muroan.report import build
+from muroan.report.certificates import find_votes
 from muroan.report.plots import certified_curves
-from muroan.results import AttackResult
+from muroan.results import AttackResult, RunFolder
+from muroan.runs import find_runs
 from muroan.training.module import MultimodalModule, load_weights
 
 
@@ -135,6 +138,82 @@ class TestPromise:
         assert both[:4] == b"\x89PNG"
         assert both == certified_curves({"": ([certificate(0), certificate(1)], [("$x$ · mmbt", records)])})
         assert both != certified_curves({"": ([certificate(0), certificate(1)], [])}, dark=True)
+
+
+class TestReport:
+    """`muroan report` puts certificates beside the attacks on the same vote."""
+
+    VOTE = {"weights": "w", "defense": {"keep": 3}}
+
+    def certify(self, path: Path, finish=True, **identity) -> None:
+        folder = CertificateFolder(path)
+        known = {**self.VOTE, "certification": {"samples": 9, "deleted": []}, **identity}
+        folder.start({"identity": known, "model": "mmbt", "defense": "mmcert", "dataset": "d"})
+        for found in (certificate(0), certificate(1, predicted=None), certificate(2, alone=(5, 0))):
+            folder.append(found)
+        folder.close()
+        if finish:
+            folder.finish()
+
+    def attack(self, path: Path, *records: AttackResult, name="mine", **identity) -> None:
+        folder = RunFolder(path)
+        known = {**self.VOTE, "certification": {"votes": 3}, **identity}
+        told = {"attack": name, "model": "mmbt", "defense": "mmcert", "dataset": "d", "classes": ["a", "b"]}
+        folder.start({"identity": known, "smoothed": "certification" in known, **told})
+        for record in records:
+            record.total = {"image": 1600, "text": 3}
+            record.removed = {"image": 32}
+            folder.append(record)
+        folder.close()
+        folder.finish()
+
+    def flips(self) -> list[AttackResult]:
+        """The first within its certificate, by two of three patches; the second has no certificate."""
+        regions = [("image", (0, 0), (4, 8))]
+        return [attacked(0, *regions), attacked(1, *regions), attacked(2, status="held")]
+
+    def test_a_row_a_vote_with_the_attacks_on_it(self, tmp_path):
+        self.certify(tmp_path / "certify/a")
+        self.certify(tmp_path / "certify/b", finish=False, defense={"keep": 5})
+        self.attack(tmp_path / "attack/a", *self.flips())
+        self.attack(tmp_path / "attack/b", attacked(0, status="held"), name="weak")
+        self.attack(tmp_path / "attack/c", *self.flips(), weights="others")
+        self.attack(tmp_path / "attack/d", *self.flips(), threat_model={"replacement": {"image": "delete"}})
+        # Certificates may be named apart from the runs, too.
+        page = build([tmp_path / "attack", tmp_path / "certify"], tmp_path / "out").read_text()
+        first, second = json.loads((tmp_path / "out/summary.json").read_text())["certificates"]
+        assert first["vote"] == "mmbt + mmcert · d (defense.keep=3)"
+        assert (first["samples"], first["abstained"], round(first["accuracy"], 1)) == (3, 1, 66.7)
+        assert [(a["run"].split()[0], a["broken"], round(a["robust_accuracy"], 1)) for a in first["attacks"]] == [
+            ("mine", ["s0"], 33.3),
+            ("weak", [], 100.0),
+        ]
+        assert (second["vote"], second["attacks"]) == ("mmbt + mmcert · d (defense.keep=5)", [])
+        assert "33.3 mine; 100.0 weak" in page
+        assert "broke 1 certificates of mmbt + mmcert · d, which says that something is wrong" in page
+        assert "The certification of mmbt + mmcert · d is unfinished: 3 certificates so far" in page
+        assert re.search("No certificate is held against mine .* replaces parts of image in a way", page)
+        assert build([tmp_path / "attack", tmp_path / "certify"], tmp_path / "again").read_text() == page
+
+    def test_what_it_is_without_one_of_the_two(self, tmp_path):
+        self.attack(tmp_path / "attack/a", *self.flips())
+        page = build([tmp_path / "attack"], tmp_path / "out").read_text()
+        assert "What is certain" not in page
+        assert "certificates" not in json.loads((tmp_path / "out/summary.json").read_text())
+        self.certify(tmp_path / "certify/a")
+        with pytest.raises(MuroanError, match="certify holds certificates alone"):
+            build([tmp_path / "certify"], tmp_path / "out")
+        with pytest.raises(MuroanError, match="gone is not a folder"):
+            build([tmp_path / "attack", tmp_path / "gone"], tmp_path / "out")
+
+    def test_votes_of_one_attack_and_settings_go_by_their_folders(self, tmp_path):
+        for name in "ab":
+            self.certify(tmp_path / "certify" / name, weights=name)
+        self.attack(tmp_path / "attack/a", *self.flips(), weights="a")
+        votes, said = find_votes([tmp_path / "certify/a", tmp_path / "certify/b"], find_runs([tmp_path / "attack"]))
+        assert [vote.name for vote in votes] == ["mmbt + mmcert · d (a)", "mmbt + mmcert · d (b)"]
+        assert [len(vote.attacks) for vote in votes] == [1, 0]
+        assert len(said) == 1
 
 
 KEEP = {"audio": 4, "text": 3}

@@ -538,7 +538,7 @@ class TestWarning:
         with pytest.raises(MuroanError, match="it is not of an attack run"):
             find_runs([tmp_path / "certify/b"])
         with pytest.raises(
-            MuroanError, match=r"certify holds certificates alone, .* of `muroan certify` puts beside runs"
+            MuroanError, match=r"certify holds certificates alone; .* of `muroan certify` puts them beside runs"
         ):
             find_runs([tmp_path / "certify"])
 

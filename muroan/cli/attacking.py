@@ -205,7 +205,8 @@ def finish_certify(config: DictConfig, folder: CertificateFolder, logger: Any) -
 
     Attacks that the same certificates were held against before stay in the summary.
     """
-    from muroan.certification import broken, robust_accuracy, summarise
+    from muroan.certification import summarise
+    from muroan.report.certificates import hold_against
     from muroan.report.plots import certified_curves
     from muroan.report.tracked import log_certificates
     from muroan.results import write_json
@@ -231,30 +232,17 @@ def finish_certify(config: DictConfig, folder: CertificateFolder, logger: Any) -
     file = folder.path / "summary.json"
     before = json.loads(file.read_text())["attacks"] if file.exists() else {}
     summary["attacks"] = dict(before)
-    deleted = folder.run["identity"]["certification"]["deleted"]
-    deleted = [deleted] if isinstance(deleted, str) else deleted
     for run in attacks:
-        theirs, ours = run.about["identity"], folder.run["identity"]
-        if "certification" not in theirs or any(theirs.get(key) != ours[key] for key in ("weights", "defense")):
-            raise MuroanError(
-                f"certification.attacked: {run.folder} attacked another model or vote than was certified; attack it "
-                f"with certification.smoothed=true and the same checkpoint and defense"
-            )
-        # A deletion moves all later sound; a masked word is a changed one.
-        replaced = (theirs.get("threat_model") or {}).get("replacement") or {}
-        beyond = [name for name in deleted if replaced.get(name) not in (None, "delete")]
-        beyond += [name for name, how in replaced.items() if how == "delete" and name not in certificates[0].tokens]
-        if beyond:
-            raise MuroanError(
-                f"certification.attacked: {run.folder} replaces parts of {', '.join(beyond)} in a way that the "
-                f"certificates say nothing about: attack with what they are made for (sound put to zero; "
-                f"words deleted, or certify without certification.deleted)"
-            )
-        found = broken(certificates, run.records)
-        everything = float(robust_accuracy(certificates, run.records, [1.0])[0])
-        outcome = {"label": run.label, "broken": [c.id for c, _ in found], "robust_accuracy": everything}
-        summary["attacks"][run.key] = outcome
-        log.info("  %s: %d certificates broken, robust accuracy %.1f %%", run.label, len(found), everything)
+        try:
+            held = hold_against(folder, certificates, run)
+        except MuroanError as error:
+            raise MuroanError(f"certification.attacked: {error}") from None
+        summary["attacks"][run.key] = {
+            "label": run.label,
+            "broken": held.broken,
+            "robust_accuracy": held.accuracy,
+        }
+        log.info("  %s: %d certificates broken, robust accuracy %.1f %%", run.label, len(held.broken), held.accuracy)
     if attacks or not before:
         curve = certified_curves({"": (certificates, [(r.label, r.records) for r in attacks])})
         (folder.path / "certified.png").write_bytes(curve)

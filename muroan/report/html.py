@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from muroan.errors import MuroanError
-from muroan.report import defense_grid, defenses, examples, plots, tables
+from muroan.report import certificates, defense_grid, defenses, examples, plots, tables
 from muroan.report.paired import UNCONTROLLED, AgainstControl, against_controls, by_target, without_control
 from muroan.report.tables import figure, interval, whole
 from muroan.results import Count, write_json
@@ -27,7 +27,7 @@ def build(folders: Sequence[Path], out: Path) -> Path:
     The same records give the same bytes.
 
     Args:
-        folders: run folders, or folders that hold such at any depth.
+        folders: run folders, or folders that hold such at any depth; folders of certificates may be among them.
         out: folder for `report.html`, `table.md`, `curve.png`, `summary.json` and `records.jsonl`, the records
             of all runs, each with its `run`, `model` and `dataset`; made when missing.
 
@@ -37,7 +37,9 @@ def build(folders: Sequence[Path], out: Path) -> Path:
     Raises:
         MuroanError: a folder holds no run, or a file of a run cannot be understood.
     """
-    runs = find_runs(folders)
+    certified, attacked = certificates.certificate_folders(folders)
+    runs = find_runs(attacked or folders)
+    votes, said = certificates.find_votes(certified, runs)
     comparisons = against_controls(runs)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -45,17 +47,29 @@ def build(folders: Sequence[Path], out: Path) -> Path:
         for run in runs:
             which = {"run": run.folder, "model": run.model, "dataset": run.dataset}
             file.writelines(json.dumps({**which, **json.loads(r.to_json())}) + "\n" for r in run.records)
-    write_json(out / "summary.json", tables.summary(runs, comparisons))
+    summary = tables.summary(runs, comparisons)
+    write_json(out / "summary.json", {**summary, "certificates": certificates.summary(votes)} if votes else summary)
     (out / "table.md").write_text(tables.markdown(runs), encoding="utf-8")
     curve = plots.curve(runs)
     (out / "curve.png").write_bytes(curve)
     page = out / "report.html"
-    page.write_text(render(runs, comparisons, curve), encoding="utf-8", errors="replace")  # of half an emoji
+    text = render(runs, comparisons, curve, votes, said)
+    page.write_text(text, encoding="utf-8", errors="replace")  # of half an emoji
     return page
 
 
-def render(runs: Sequence[Run], comparisons: Sequence[AgainstControl], curve: bytes) -> str:
-    """The page, everything that it shows inside it; `curve` is the PNG for a wide, light one."""
+def render(
+    runs: Sequence[Run],
+    comparisons: Sequence[AgainstControl],
+    curve: bytes,
+    votes: Sequence[certificates.Vote],
+    doubts: Sequence[str],
+) -> str:
+    """The page, everything that it shows inside it.
+
+    Args:
+        curve: the PNG for a wide, light page; votes, doubts: see `find_votes`.
+    """
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters.update(
         figure=figure,
@@ -73,7 +87,7 @@ def render(runs: Sequence[Run], comparisons: Sequence[AgainstControl], curve: by
         "narrow": plots.curve(runs, False, *narrow),
         "narrow_dark": plots.curve(runs, True, *narrow),
     }
-    said, grids = warnings(runs, comparisons), []
+    said, grids = [*warnings(runs, comparisons), *doubts], []
     if any(run.about.get("defense") for run in runs):
         try:
             grids = defense_grid.grids(runs)
@@ -93,6 +107,13 @@ def render(runs: Sequence[Run], comparisons: Sequence[AgainstControl], curve: by
         comparisons=comparisons,
         grids=grids,
         defenses=defenses,
+        votes=votes,
+        certificates=certificates,
+        certified={
+            name: base64.b64encode(certificates.picture(votes, dark)).decode()
+            for name, dark in {"light": False, "dark": True}.items()
+            if votes
+        },
         samples={run.dataset: len({r.id for x in runs if x.dataset == run.dataset for r in x.records}) for run in runs},
         attacks=list(dict.fromkeys(run.attack for run in runs)),
         colour=plots.colours(runs),

@@ -345,7 +345,7 @@ def certified_curves(votes: Mapping[str, Certified], dark: bool = False) -> byte
         axes = picture.add_subplot(rows, columns, place + 1, facecolor=paper)
         _certified(axes, *vote, dark)
         if many:
-            axes.set_title(name, color=ink, fontsize=10.5, loc="left")
+            axes.set_title(textwrap.fill(name, 48), color=ink, fontsize=10.5, loc="left")
     picture.supxlabel("altered, % of the elements of every modality (log scale)", color=ink, fontsize=10.5)
     picture.supylabel("accuracy, % of all samples", color=ink, fontsize=10.5)
     marks = (axes.get_legend_handles_labels() for axes in picture.axes)
