@@ -3,7 +3,7 @@
     python benchmarks/engine.py                                  # the demo's model and data, on the CPU
     python benchmarks/engine.py --checkpoint outputs/demo/model/best.ckpt
     python benchmarks/engine.py --model concat                   # or another small one of conf/model
-    python benchmarks/engine.py --model mmbt_full --device cuda --precision bf16 # or vilt: full size, random weights
+    python benchmarks/engine.py --model clip --device cuda --precision bf16      # or vilt, mmbt_full: random weights
     python benchmarks/engine.py --sequential-samples 0 --attacks decoupling --reuse on    # some attacks alone
     python benchmarks/engine.py --model vilt --device cuda --precision bf16 --processes 4  # several on one GPU
     python benchmarks/engine.py --model nothing --attacks decoupling --reuse on --sequential-samples 0 \\
@@ -59,7 +59,7 @@ from muroan.models.base import MultimodalModel
 from muroan.results import AttackResult
 
 SMALL = ["mmbt", "cross_attention", "concat", "late_fusion"]
-MADE_UP = ["mmbt_full", "vilt", "nothing"]  # random weights, noise images
+MADE_UP = ["mmbt_full", "vilt", "clip", "nothing"]  # random weights, noise images
 
 
 def small_model(name: str, checkpoint: str | None, samples: int) -> tuple[MultimodalModel, list[Sample]]:
@@ -119,7 +119,7 @@ class Nothing(MultimodalModel):
 def made_up_model(name: str, samples: int, side: int) -> tuple[MultimodalModel, list[Sample]]:
     """A model in full size, or none, with random weights on noise images and words: speed does not depend on them."""
     from muroan.data.samples import Example, PreparedDataset
-    from muroan.models.huggingface import Vilt
+    from muroan.models.huggingface import Clip, Vilt
     from muroan.models.mmbt_full import MMBTFull
 
     torch.manual_seed(0)
@@ -130,9 +130,10 @@ def made_up_model(name: str, samples: int, side: int) -> tuple[MultimodalModel, 
     elif name == "mmbt_full":
         model = MMBTFull(modalities, 2, bert={}, resnet={}, size=(side, side), max_length=32).eval()
     else:
+        kind = {"vilt": Vilt, "clip": Clip}[name]
         with TemporaryDirectory() as folder:
-            save_vilt(Path(folder), words)
-            model = Vilt(modalities, 2, folder, max_length=32).eval()
+            save_checkpoint(name, Path(folder), words)
+            model = kind(modalities, 2, folder, max_length={"vilt": 32, "clip": None}[name]).eval()  # 77 tokens
     rng = np.random.default_rng(0)
     examples = [
         Example(
@@ -148,13 +149,17 @@ def made_up_model(name: str, samples: int, side: int) -> tuple[MultimodalModel, 
     return model, [s for s in PreparedDataset(examples, model.modalities, 2) if isinstance(s, Sample)]
 
 
-def save_vilt(folder: Path, words: list[str]) -> None:
-    """A checkpoint of ViLT-B/32 with random weights and a tokenizer of these words."""
-    from transformers import BertTokenizerFast, ViltConfig, ViltForQuestionAnswering
+def save_checkpoint(name: str, folder: Path, words: list[str]) -> None:
+    """A checkpoint of ViLT-B/32 or CLIP ViT-B/32 with random weights and a tokenizer of these words."""
+    from transformers import BertTokenizerFast, CLIPConfig, CLIPModel, ViltConfig, ViltForQuestionAnswering
 
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
     BertTokenizerFast(vocab={word: i for i, word in enumerate(vocabulary)}).save_pretrained(folder)
-    ViltForQuestionAnswering(ViltConfig(num_labels=2)).save_pretrained(folder)
+    if name == "vilt":
+        ViltForQuestionAnswering(ViltConfig(num_labels=2)).save_pretrained(folder)
+    else:
+        ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+        CLIPModel(CLIPConfig(text_config=ids)).save_pretrained(folder)
     numbers = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
     (folder / "preprocessor_config.json").write_text(json.dumps(numbers))
 

@@ -25,7 +25,7 @@ DEFENSES = ["plain_training", "random_removal_augmentation", "valid_removal_augm
 DEFENSES += ["noise_augmentation"]
 DEFENSES += ["adversarial_training", "adversarial_training_offline", "adversarial_training_pgd"]
 DEFENSES += ["embedding_adversarial_training"]
-ATTACKS = ["decoupling", "decoupling_fast", "random_removal", "pgd_linf"]
+ATTACKS = ["decoupling", "decoupling_fast", "random_removal", "pgd_linf", "feature_pgd"]
 VALID = "attack.valid_only=true"
 TEN_TIMES = [VALID, "threat_model.max_queries=5000"]
 EVERY = ",".join(["none", *DEFENSES])

@@ -27,7 +27,7 @@ from muroan.data.samples import Sample
 from muroan.device_store import DeviceStore, take_rows
 from muroan.errors import MuroanError, check_whole
 from muroan.modalities import ElementSet, Layout, Region, Removal, removed_elements, stable_seed, word_edits
-from muroan.models.base import Features, MultimodalModel, Prediction, map_features
+from muroan.models.base import Features, MultimodalModel, Prediction, main, map_features
 from muroan.results import AttackResult, Count, Status
 from muroan.search_processes import Reply, SearchProcesses, StillValid, begun, resumed
 
@@ -565,6 +565,7 @@ class QueryEngine:
                 result.distance[name] = {"l2": float(step.norm()), "linf": float(step.abs().max())}
             if changed:
                 result.removed[name] = min(changed, layout.count)
+        result.removed.update({name: live.sample.layouts[name].count for name in found.features})
         if live.sample.index < self.keep_media:
             result.perturbed_media = {
                 name: modality.display(inputs[name].cpu(), layouts[name])
@@ -855,6 +856,11 @@ class QueryEngine:
                         f"{self.attack.name} returned {name!r} of shape {tuple(x.shape)}, expected finite values of "
                         f"shape {shape}"
                     )
+            if wrong := [name for name in found.features if name not in live.sample.inputs or name in changed]:
+                raise MuroanError(
+                    f"{self.attack.name} returned features of {wrong}, expected some of the model's modalities whose "
+                    f"inputs stay clean"
+                )
             whole = {**live.sample.inputs, **changed}
             answers.append((whole, changed, {**live.sample.layouts, **layouts}))
         try:
@@ -874,11 +880,27 @@ class QueryEngine:
             stacked = torch.stack([whole[name] for whole in inputs]).to(self.device)
             batch[name] = stacked.to(dtype) if stacked.is_floating_point() else stacked
         with torch.autocast(self.device.type, autocast) if autocast else nullcontext():
-            prediction = self.model(batch)
+            features = {name: self.model.encode(name, x) for name, x in batch.items()}
+            for name in {name for live in lives for name in live.told.features}:
+                features[name] = map_features(lambda t: t.clone(), features[name])
+                for row, live in enumerate(lives):
+                    if (x := live.told.features.get(name)) is not None:
+                        self._check_features(name, x, main(features[name])[row])
+                        main(features[name])[row] = x
+            embedding = self.model.fuse(features)
+            prediction = Prediction(embedding, self.model.head(embedding))
         packed = self._numbers(prediction, self._store.tensor([live.slot for live in lives])).cpu().numpy()
         self.statistics.batches += 1
         self.statistics.rows += len(lives)
         return self._responses(packed, prediction.logits.shape[1])
+
+    def _check_features(self, name: str, given: Tensor, own: Tensor) -> None:
+        """Raises MuroanError where what an attack returned cannot stand in for a sample's own features."""
+        if given.shape != own.shape or not torch.isfinite(given).all():
+            raise MuroanError(
+                f"{self.attack.name} returned features of {name!r} of shape {tuple(given.shape)}, expected finite "
+                f"values of shape {tuple(own.shape)}"
+            )
 
     def _make_room(self, size: int) -> None:
         """Go on after the device ran out of memory: without remembered features, or else with batches of half the size.

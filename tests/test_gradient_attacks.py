@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ from torch import nn
 import muroan
 from muroan.attacks.base import AttackedSample, BatchAttack, Perturbation, Response, ThreatModel
 from muroan.attacks.co_attack import CoAttack, divergence
+from muroan.attacks.feature_pgd import FeaturePgd
 from muroan.attacks.fusion_embedding import FusionEmbedding
 from muroan.attacks.pgd import Pgd, PgdL2, PgdLinf
 from muroan.attacks.pgd_l0 import PgdL0
@@ -29,6 +30,7 @@ from muroan.attacks.values import Values
 from muroan.callbacks import AttackCallback
 from muroan.data.base import MultimodalData
 from muroan.data.samples import Example, PreparedDataset, Sample
+from muroan.defenses.adversarial_training import AdversarialTraining
 from muroan.defenses.mmcert import SmoothedModel
 from muroan.errors import MuroanError
 from muroan.modalities import Audio, Image, Region, Text, WordTokenizer
@@ -176,6 +178,7 @@ ATTACKS: dict[str, Callable[[], Any]] = {
     "pgd_l2": lambda: PgdL2(1.5, None, 6),
     "pgd_l0": lambda: PgdL0(0.5, steps=4),
     "sigma_zero": lambda: SigmaZero(20),
+    "feature_pgd": lambda: FeaturePgd(0.5, 0.2, 6),
     "fusion_embedding": lambda: FusionEmbedding(12, step=0.05),
     "co_attack": lambda: CoAttack(0.2, 5, candidates=3),
     "saliency_removal": lambda: SaliencyRemoval(),
@@ -238,6 +241,69 @@ def test_modalities_move_jointly_in_one_ball():
         assert all(part.norm() > 0.001 for part in parts)
         real = sample.layouts["audio"].count
         assert torch.equal(perturbation.inputs["audio"][real:], sample.inputs["audio"][real:].double())
+
+
+@pytest.mark.parametrize("named", [None, ["image"], ["text", "audio"]])
+def test_features_are_moved_as_far_as_helps(named):
+    """Where logits are linear in the features, the balls' farthest points towards another class are known."""
+    model, epsilon = Toy(IMAGE | TEXT | AUDIO, linear=True, seed=2), 0.3
+    samples = samples_of(model, 30)
+    records = attacked(model, FeaturePgd(epsilon, 0.1, 60, "margin", named), samples)
+    outcomes = set()
+    for sample, record in zip(samples, records, strict=True):
+        inputs = {n: x[None].double() if x.is_floating_point() else x[None] for n, x in sample.inputs.items()}
+        with torch.no_grad():
+            lengths = sum(float(model.encode(n, inputs[n]).norm()) for n in named or model.modalities)
+        logits, label = answer(model, sample.inputs).logits[0], sample.label
+        others = [c for c in range(model.num_classes) if c != label]
+        reach = {c: epsilon * lengths * (model.out[:, c] - model.out[:, label]).norm().item() for c in others}
+        best = min(float(logits[label] - logits[c]) - reach[c] for c in others)
+        if abs(best) > 0.02 * float(logits[label] - logits[others].max()):
+            # It climbs towards the nearest class at each step, which may not be the one within reach.
+            assert best < 0 or not record.flipped
+            outcomes.add((best < 0, record.flipped))
+        if record.flipped:
+            assert set(record.removed) == set(named or model.modalities) == set(record.info["feature_shift"])
+            assert all(0 < share <= epsilon + 1e-4 for share in record.info["feature_shift"].values())
+    assert (True, True) in outcomes
+    assert sum(r.flipped for r in records) >= 0.8 * sum(found for found, _ in outcomes)
+
+
+def test_features_that_cannot_be_moved_or_do_not_fit_are_refused():
+    class Counts(Toy):
+        def encode(self, modality, x):
+            return super().encode(modality, x).round().long() if modality == "text" else super().encode(modality, x)
+
+    model = Counts(IMAGE | TEXT)
+    with pytest.raises(MuroanError, match=r"feature_pgd does not fit .* of 'text' are torch.int64 .* name other"):
+        attacked(model, FeaturePgd(), samples_of(model, 2))
+    attacked(model, FeaturePgd(modalities=["image"]), samples_of(model, 2))
+    with pytest.raises(MuroanError, match=r"attack.modalities names \['audio'\]"):
+        attacked(model, FeaturePgd(modalities=["audio"]), samples_of(model, 2))
+
+    class Wrong(BatchAttack):
+        features: ClassVar = {}
+        inputs: ClassVar = {}
+
+        def perturb(self, target):
+            return [Perturbation(self.inputs, features=self.features) for _ in range(len(target))]
+
+    toy = Toy(IMAGE | TEXT)
+    for features, inputs, said in (
+        ({"image": torch.zeros(3)}, {}, r"features of 'image' of shape \(3,\), expected finite values of shape \(\d"),
+        ({"sound": torch.zeros(3)}, {}, r"features of \['sound'\], expected some of the model's modalities"),
+        ({"image": torch.zeros(3)}, {"image": torch.zeros(3, 4, 3)}, "whose inputs stay clean"),
+    ):
+        Wrong.features, Wrong.inputs = features, inputs
+        with pytest.raises(MuroanError, match=said):
+            attacked(toy, Wrong(), samples_of(toy, 1))
+
+
+def test_features_are_no_inputs_to_train_on():
+    model = Toy(IMAGE | TEXT)
+    defense = AdversarialTraining(model, FeaturePgd())
+    with pytest.raises(MuroanError, match="choose defense=embedding_adversarial_training"):
+        defense.applied(samples_of(model, 1), [Perturbation(features={"image": torch.zeros(3)})], 0)
 
 
 def test_named_modalities_alone_move():
@@ -770,8 +836,8 @@ def test_an_easy_model_is_flipped(make):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("make", list(ATTACKS.values())[:6], ids=list(ATTACKS)[:6])
-def test_models_of_every_precision(make, dtype, monkeypatch):
+@pytest.mark.parametrize("name", ["pgd_linf", "pgd_l2", "pgd_l0", "sigma_zero", "fusion_embedding", "co_attack"])
+def test_models_of_every_precision(name, dtype, monkeypatch):
     """Padding has no gradient, and the gradient of a confident answer is 0 in half precision: neither becomes NaN."""
     given, moved = [], []
     inputs = Values.inputs
@@ -785,10 +851,22 @@ def test_models_of_every_precision(make, dtype, monkeypatch):
     for bias in (0, 20):
         model = Toy(IMAGE | TEXT | AUDIO, seed=2, bias=bias)
         samples, donors = samples_of(model, 8), samples_of(model, 8, seed=1)
-        attacked(model.to(dtype), make(), samples, donors=donors)
+        attacked(model.to(dtype), ATTACKS[name](), samples, donors=donors)
     assert given
     assert all(x.dtype == dtype and x.isfinite().all() for changed in given for x in changed.values())
     assert {delta.dtype for delta in moved} == {torch.promote_types(dtype, torch.float32)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_features_of_every_precision(dtype):
+    """The gradient of a confident answer is 0 in half precision, and is not divided by."""
+    for bias in (0, 20):
+        model = Toy(IMAGE | TEXT | AUDIO, seed=2, bias=bias)
+        samples = samples_of(model, 8)
+        records = attacked(model.to(dtype), FeaturePgd(0.5, 0.2, 6), samples)
+        shares = [share for r in records for share in r.info.get("feature_shift", {}).values()]
+        assert all(0 < share < 0.51 for share in shares)
+        assert bias or shares
 
 
 @BOTH

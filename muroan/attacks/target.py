@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from muroan.errors import MuroanError
 from muroan.modalities import Text
-from muroan.models.base import Features, MultimodalModel, Prediction, map_features
+from muroan.models.base import Features, MultimodalModel, Prediction, main, map_features
 
 if TYPE_CHECKING:
     from muroan.attacks.base import AttackedSample
@@ -27,10 +27,13 @@ class Perturbation:
         inputs: (*shape) a continuous modality, as the model takes it; for a text, token ids, where no words spell them.
         words: for a text, the words that it shall have; beside token ids, what a report shows. As changed count the
             words that are replaced, left out or put in, by the fewest edits, and at most as many as the text had.
+        features: (...) of a modality whose input stays clean, what the fusion shall get instead of its own, without a
+            mask; all elements of that modality count as changed.
     """
 
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     words: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    features: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class BudgetExhausted(Exception):
@@ -227,6 +230,47 @@ class Target:
         self._watch(prediction, rows, 2)
         return prediction, {name: g.detach() for name, g in zip(of, found, strict=True) if g is not None}
 
+    def features(self, name: str) -> Features:
+        """(B, ...) what the encoder makes of the clean input; costs nothing."""
+        return map_features(lambda room: room.clone(), self._features[name])
+
+    def predict_features(self, features: Mapping[str, Features], rows: Tensor) -> Prediction:
+        """One forward pass of some rows with other features; those of modalities that are not named stay clean.
+
+        Args:
+            features: (n, ...) as `features` gives them; rows: (n,) which sample each is of.
+        """
+        self._spend(rows, forwards=1)
+        with torch.no_grad():
+            prediction = self._fused({**self._clean_features(rows), **features})
+        self._watch(prediction, rows, 1)
+        return prediction
+
+    def feature_gradient(
+        self, loss: Loss, features: Mapping[str, Features], rows: Tensor
+    ) -> tuple[Prediction, dict[str, Tensor]]:
+        """A forward and a backward pass: the gradients (n, ...) of a loss by given features, see `predict_features`.
+
+        Raises:
+            MuroanError: the model's answer has no gradient by one of them.
+        """
+        self._spend(rows, forwards=1, backwards=1)
+        with torch.enable_grad():
+            leaves = {name: main(f).detach().clone().requires_grad_() for name, f in features.items()}
+            given = {n: (leaves[n], *f[1:]) if isinstance(f, tuple) else leaves[n] for n, f in features.items()}
+            prediction = self._fused({**self._clean_features(rows), **given})
+            total = loss(prediction, self.labels[rows]).sum()
+            found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True) if total.requires_grad else ()
+        missing = [name for name, g in zip(leaves, found or [None] * len(leaves), strict=True) if g is None]
+        if missing:
+            raise MuroanError(
+                f"the model's answer does not depend on its features of {missing} in a way that can be differentiated: "
+                f"choose an attack that only asks, such as decoupling"
+            )
+        prediction = Prediction(prediction.embedding.detach(), prediction.logits.detach())
+        self._watch(prediction, rows, 2)
+        return prediction, {name: g.detach() for name, g in zip(leaves, found, strict=True) if g is not None}
+
     def embedded(self, name: str) -> Tensor:
         """(B, T, E) the clean word embeddings of a text; costs nothing, the table is the model's own."""
         table = embedding_table(self.model, name)
@@ -278,6 +322,12 @@ class Target:
                 features[name] = self.model.encode(name, inputs[name])
             else:
                 features[name] = map_features(lambda room: room[rows], self._features[name])
+        return self._fused(features)
+
+    def _clean_features(self, rows: Tensor) -> dict[str, Features]:
+        return {n: map_features(lambda room: room[rows], self._features[n]) for n in self.model.modalities}
+
+    def _fused(self, features: dict[str, Features]) -> Prediction:
         embedding = self.model.fuse(features)
         dtype = self.clean.logits.dtype  # losses are taken in the model's own precision, also under autocast
         return Prediction(embedding.to(dtype), self.model.head(embedding).to(dtype))

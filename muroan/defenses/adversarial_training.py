@@ -157,6 +157,11 @@ class AdversarialTraining(Defense):
         removals = [f if isinstance(f, Removal) else Removal() for f in found]
         changes = without(self.model.modalities, samples, removals, self.threat_model, seed)
         for change, f in zip(changes, found, strict=True):
+            if isinstance(f, Perturbation) and f.features:
+                raise MuroanError(
+                    "defense.attack moves features, and there is no input to train on: choose "
+                    "defense=embedding_adversarial_training, which trains on these, or an attack on inputs"
+                )
             if isinstance(f, Perturbation):
                 change.update({name: x.detach().cpu() for name, x in f.inputs.items()})
                 spelled = {name: words for name, words in f.words.items() if name not in f.inputs}

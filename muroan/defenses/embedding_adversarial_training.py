@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from muroan.attacks.base import ThreatModel
+from muroan.attacks.feature_pgd import norms
 from muroan.data.samples import Batch
 from muroan.defenses.base import Defense
 from muroan.errors import MuroanError, check_number, check_whole
-from muroan.models.base import Features, MultimodalModel, map_features
+from muroan.models.base import Features, MultimodalModel, main, map_features, shifted
 
 
 class EmbeddingAdversarialTraining(Defense):
@@ -25,6 +26,7 @@ class EmbeddingAdversarialTraining(Defense):
     of each sample's own. VILLA perturbs one modality at a time; here all move together, as what is attacked is fused.
     Features of padding, of which an encoder need not say where they are, count in that norm and have a part of the
     random start, but no gradient; FreeLB leaves them out, so that the ball is somewhat larger here for short texts.
+    `attack=feature_pgd` attacks in the same ball.
 
     Args:
         epsilon: radius of the ball, a modality, as a share of the Euclidean norm of the sample's features.
@@ -108,23 +110,6 @@ class EmbeddingAdversarialTraining(Defense):
             # As FreeLB: uniform, scaled by the root of the dimension, so that it lies well within the ball.
             deltas[name] = (noise * radius / x[0].numel() ** 0.5).requires_grad_()
         return deltas
-
-
-def main(features: Features) -> Tensor:
-    """The features themselves, without their mask."""
-    return features[0] if isinstance(features, tuple) else features
-
-
-def shifted(features: Features, delta: Tensor) -> Features:
-    """The features (B, ...) moved, in their own type."""
-    delta = delta.to(main(features))
-    return (features[0] + delta, *features[1:]) if isinstance(features, tuple) else features + delta
-
-
-def norms(x: Tensor) -> Tensor:
-    """(B, 1, ...) Euclidean norms of the rows (B, ...), shaped to broadcast; at least in single precision."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x.flatten(1).norm(dim=1).reshape(-1, *(1 for _ in x.shape[1:]))
 
 
 def divergence(a: Tensor, b: Tensor) -> Tensor:

@@ -26,6 +26,17 @@ def map_features(function: Callable[..., Tensor], *features: Features) -> Featur
     return function(*features)
 
 
+def main(features: Features) -> Tensor:
+    """The features themselves, without their mask."""
+    return features[0] if isinstance(features, tuple) else features
+
+
+def shifted(features: Features, delta: Tensor) -> Features:
+    """The features (B, ...) moved, in their own type."""
+    delta = delta.to(main(features))
+    return (features[0] + delta, *features[1:]) if isinstance(features, tuple) else features + delta
+
+
 class Prediction(NamedTuple):
     """
     Attributes:
