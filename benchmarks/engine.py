@@ -158,8 +158,8 @@ def save_checkpoint(name: str, folder: Path, words: list[str]) -> None:
     if name == "vilt":
         ViltForQuestionAnswering(ViltConfig(num_labels=2)).save_pretrained(folder)
     else:
-        ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
-        CLIPModel(CLIPConfig(text_config=ids)).save_pretrained(folder)
+        text = {"vocab_size": len(vocabulary), "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+        CLIPModel(CLIPConfig(text_config=text)).save_pretrained(folder)
     numbers = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
     (folder / "preprocessor_config.json").write_text(json.dumps(numbers))
 
