@@ -62,8 +62,8 @@ JOINT = {
     True: "",
 }
 CURVES = (
-    "The curve of the attack is of another vote, of fixed masks and without abstaining, so that it may begin higher, "
-    "and of the one removal in its record, so that it is an upper bound."
+    "The curves are those of the first seed. That of the attack is of another vote, of fixed masks and without "
+    "abstaining, so that it may begin higher, and of the one removal in its record, so that it is an upper bound."
 )
 HEADS = ["dataset", "model", "elements", "seed numbers", "undefended (%)", "ablated (%)", "right (%)", "abstained (%)"]
 HEADS += ["image certified (%)", "largest", "text or audio certified (%)", "largest"]
