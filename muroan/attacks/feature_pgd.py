@@ -12,7 +12,7 @@ from muroan.attacks.base import BatchAttack, Perturbation, Target
 from muroan.attacks.pgd import LOSSES
 from muroan.attacks.values import check_choice
 from muroan.errors import MuroanError, check_number, check_whole
-from muroan.models.base import main, map_features, shifted
+from muroan.models.base import Features, main, map_features, shifted
 
 
 class FeaturePgd(BatchAttack):
@@ -64,7 +64,7 @@ class FeaturePgd(BatchAttack):
         deltas = {name: self.start(target, radii[name], main(clean[name])) for name in names}
         flipped = torch.zeros_like(rows, dtype=torch.bool)
 
-        def moved(rows: Tensor) -> dict:
+        def moved(rows: Tensor) -> dict[str, Features]:
             return {n: shifted(map_features(lambda t: t[rows], clean[n]), deltas[n][rows]) for n in names}
 
         for _ in range(self.steps):
@@ -84,13 +84,13 @@ class FeaturePgd(BatchAttack):
         if len(rows):
             flipped[rows[target.flipped(target.predict_features(moved(rows), rows), rows)]] = True
         found = moved(torch.arange(len(target), device=target.device))
+        share = {n: norms(deltas[n]) / norms(main(clean[n])).clamp(min=1e-12) for n in names}
         results: list[Perturbation | None] = []
         for row, sample in enumerate(target.samples):
             if not flipped[row]:
                 results.append(None)
                 continue
-            share = {n: float(norms(deltas[n][row : row + 1]) / norms(main(clean[n])[row : row + 1])) for n in names}
-            sample.info["feature_shift"] = {name: round(value, 4) for name, value in share.items()}
+            sample.info["feature_shift"] = {name: round(float(share[name][row]), 4) for name in names}
             results.append(Perturbation(features={name: main(found[name])[row].detach() for name in names}))
         return results
 
