@@ -213,22 +213,7 @@ class Target:
                     leaves[name] = given.get(name, self.inputs[name][rows]).detach().clone().requires_grad_()
                     given[name] = leaves[name]
             prediction = self._run(given, rows)
-            total = loss(prediction, self.labels[rows]).sum()
-            if not total.requires_grad:
-                raise MuroanError(
-                    "the model's answer has no gradient by its inputs: choose an attack that only asks, such as "
-                    "decoupling or sparse_rs"
-                )
-            found = torch.autograd.grad(total, [leaves[name] for name in of], allow_unused=True)
-        missing = [name for name, g in zip(of, found, strict=True) if g is None]
-        if missing:
-            raise MuroanError(
-                f"the model's answer does not depend on {missing} in a way that can be differentiated: choose an "
-                f"attack that only asks, such as decoupling or sparse_rs"
-            )
-        prediction = Prediction(prediction.embedding.detach(), prediction.logits.detach())
-        self._watch(prediction, rows, 2)
-        return prediction, {name: g.detach() for name, g in zip(of, found, strict=True) if g is not None}
+        return self._followed(loss, prediction, {name: leaves[name] for name in of}, rows)
 
     def features(self, name: str) -> Features:
         """(B, ...) what the encoder makes of the clean input; costs nothing."""
@@ -259,17 +244,7 @@ class Target:
             leaves = {name: main(f).detach().clone().requires_grad_() for name, f in features.items()}
             given = {n: (leaves[n], *f[1:]) if isinstance(f, tuple) else leaves[n] for n, f in features.items()}
             prediction = self._fused({**self._clean_features(rows), **given})
-            total = loss(prediction, self.labels[rows]).sum()
-            found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True) if total.requires_grad else ()
-        missing = [name for name, g in zip(leaves, found or [None] * len(leaves), strict=True) if g is None]
-        if missing:
-            raise MuroanError(
-                f"the model's answer does not depend on its features of {missing} in a way that can be differentiated: "
-                f"choose an attack that only asks, such as decoupling"
-            )
-        prediction = Prediction(prediction.embedding.detach(), prediction.logits.detach())
-        self._watch(prediction, rows, 2)
-        return prediction, {name: g.detach() for name, g in zip(leaves, found, strict=True) if g is not None}
+        return self._followed(loss, prediction, leaves, rows)
 
     def embedded(self, name: str) -> Tensor:
         """(B, T, E) the clean word embeddings of a text; costs nothing, the table is the model's own."""
@@ -331,6 +306,27 @@ class Target:
         embedding = self.model.fuse(features)
         dtype = self.clean.logits.dtype  # losses are taken in the model's own precision, also under autocast
         return Prediction(embedding.to(dtype), self.model.head(embedding).to(dtype))
+
+    def _followed(
+        self, loss: Loss, prediction: Prediction, leaves: Mapping[str, Tensor], rows: Tensor
+    ) -> tuple[Prediction, dict[str, Tensor]]:
+        """A prediction, detached, and the gradients of its loss by some leaves, a modality."""
+        with torch.enable_grad():
+            total = loss(prediction, self.labels[rows]).sum()
+        if not total.requires_grad:
+            raise MuroanError(
+                "the model's answer has no gradient by what it was given: choose an attack that only asks, such as "
+                "decoupling or sparse_rs"
+            )
+        found = dict(zip(leaves, torch.autograd.grad(total, list(leaves.values()), allow_unused=True), strict=True))
+        if missing := [name for name, gradient in found.items() if gradient is None]:
+            raise MuroanError(
+                f"the model's answer does not depend on {missing} in a way that can be differentiated: choose an "
+                f"attack that only asks, such as decoupling or sparse_rs"
+            )
+        prediction = Prediction(prediction.embedding.detach(), prediction.logits.detach())
+        self._watch(prediction, rows, 2)
+        return prediction, {name: gradient.detach() for name, gradient in found.items()}
 
     def _watch(self, prediction: Prediction, rows: Tensor, cost: int) -> None:
         """Note first flips. The rows of a pass count as if asked one by one: how they are packed must not show."""
