@@ -27,7 +27,7 @@ from muroan.data.samples import Sample
 from muroan.device_store import DeviceStore, take_rows
 from muroan.errors import MuroanError, check_whole
 from muroan.modalities import ElementSet, Layout, Region, Removal, removed_elements, stable_seed, word_edits
-from muroan.models.base import Features, MultimodalModel, Prediction, main, map_features
+from muroan.models.base import Features, MultimodalModel, Prediction, map_features, without_mask
 from muroan.results import AttackResult, Count, Status
 from muroan.search_processes import Reply, SearchProcesses, StillValid, begun, resumed
 
@@ -885,8 +885,8 @@ class QueryEngine:
                 features[name] = map_features(lambda t: t.clone(), features[name])
                 for row, live in enumerate(lives):
                     if (x := live.told.features.get(name)) is not None:
-                        self._check_features(name, x, main(features[name])[row])
-                        main(features[name])[row] = x
+                        self._check_features(name, x, without_mask(features[name])[row])
+                        without_mask(features[name])[row] = x
             embedding = self.model.fuse(features)
             prediction = Prediction(embedding, self.model.head(embedding))
         packed = self._numbers(prediction, self._store.tensor([live.slot for live in lives])).cpu().numpy()

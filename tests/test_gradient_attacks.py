@@ -243,13 +243,13 @@ def test_modalities_move_jointly_in_one_ball():
         assert torch.equal(perturbation.inputs["audio"][real:], sample.inputs["audio"][real:].double())
 
 
-@pytest.mark.parametrize("named", [None, ["image"], ["text", "audio"]])
-def test_features_are_moved_as_far_as_helps(named):
+@pytest.mark.parametrize(("named", "epsilon"), [(None, 0.06), (["image"], 0.2), (["text", "audio"], 0.2)])
+def test_features_are_moved_as_far_as_helps(named, epsilon):
     """Where logits are linear in the features, the balls' farthest points towards another class are known."""
-    model, epsilon = Toy(IMAGE | TEXT | AUDIO, linear=True, seed=2), 0.3
+    model = Toy(IMAGE | TEXT | AUDIO, linear=True, seed=2)
     samples = samples_of(model, 30)
-    records = attacked(model, FeaturePgd(epsilon, 0.1, 60, "margin", named), samples)
-    outcomes = set()
+    records = attacked(model, FeaturePgd(epsilon, epsilon / 3, 60, "margin", named), samples)
+    outcomes: list[tuple[bool, bool]] = []  # of each sample: whether a flip is within reach, and whether it was found
     for sample, record in zip(samples, records, strict=True):
         inputs = {n: x[None].double() if x.is_floating_point() else x[None] for n, x in sample.inputs.items()}
         with torch.no_grad():
@@ -261,12 +261,13 @@ def test_features_are_moved_as_far_as_helps(named):
         if abs(best) > 0.02 * float(logits[label] - logits[others].max()):
             # It climbs towards the nearest class at each step, which may not be the one within reach.
             assert best < 0 or not record.flipped
-            outcomes.add((best < 0, record.flipped))
+            outcomes.append((best < 0, record.flipped))
         if record.flipped:
             assert set(record.removed) == set(named or model.modalities) == set(record.info["feature_shift"])
             assert all(0 < share <= epsilon + 1e-4 for share in record.info["feature_shift"].values())
-    assert (True, True) in outcomes
-    assert sum(r.flipped for r in records) >= 0.8 * sum(found for found, _ in outcomes)
+    found = [flipped for within, flipped in outcomes if within]
+    assert sum(found) >= max(3, 0.8 * len(found))
+    assert len(found) < len(outcomes), "some are out of reach"
 
 
 def test_features_that_cannot_be_moved_or_do_not_fit_are_refused():

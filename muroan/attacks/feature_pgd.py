@@ -12,7 +12,7 @@ from muroan.attacks.base import BatchAttack, Perturbation, Target
 from muroan.attacks.pgd import LOSSES
 from muroan.attacks.values import check_choice
 from muroan.errors import MuroanError, check_number, check_whole
-from muroan.models.base import Features, main, map_features, shifted
+from muroan.models.base import Features, map_features, shifted, without_mask
 
 
 class FeaturePgd(BatchAttack):
@@ -55,13 +55,13 @@ class FeaturePgd(BatchAttack):
         rows = torch.arange(len(target), device=target.device)
         clean = {name: target.features(name) for name in names}
         for name in names:
-            if not main(clean[name]).is_floating_point():
+            if not (dtype := without_mask(clean[name]).dtype).is_floating_point:
                 raise MuroanError(
-                    f"{self.name} does not fit this model: its features of {name!r} are {main(clean[name]).dtype} "
-                    f"numbers, which cannot be moved; name other modalities in attack.modalities"
+                    f"{self.name} does not fit this model: its features of {name!r} are {dtype} numbers, which "
+                    f"cannot be moved; name other modalities in attack.modalities"
                 )
-        radii = {name: self.epsilon * norms(main(clean[name])) for name in names}
-        deltas = {name: self.start(target, radii[name], main(clean[name])) for name in names}
+        radii = {name: self.epsilon * norms(without_mask(clean[name])) for name in names}
+        deltas = {name: self.start(target, radii[name], without_mask(clean[name])) for name in names}
         flipped = torch.zeros_like(rows, dtype=torch.bool)
 
         def moved(rows: Tensor) -> dict[str, Features]:
@@ -84,14 +84,14 @@ class FeaturePgd(BatchAttack):
         if len(rows):
             flipped[rows[target.flipped(target.predict_features(moved(rows), rows), rows)]] = True
         found = moved(torch.arange(len(target), device=target.device))
-        share = {n: norms(deltas[n]) / norms(main(clean[n])).clamp(min=1e-12) for n in names}
+        share = {n: norms(deltas[n]) / norms(without_mask(clean[n])).clamp(min=1e-12) for n in names}
         results: list[Perturbation | None] = []
         for row, sample in enumerate(target.samples):
             if not flipped[row]:
                 results.append(None)
                 continue
             sample.info["feature_shift"] = {name: round(float(share[name][row]), 4) for name in names}
-            results.append(Perturbation(features={name: main(found[name])[row].detach() for name in names}))
+            results.append(Perturbation(features={name: without_mask(found[name])[row].detach() for name in names}))
         return results
 
     @staticmethod

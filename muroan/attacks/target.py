@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from muroan.errors import MuroanError
 from muroan.modalities import Text
-from muroan.models.base import Features, MultimodalModel, Prediction, main, map_features
+from muroan.models.base import Features, MultimodalModel, Prediction, map_features, without_mask
 
 if TYPE_CHECKING:
     from muroan.attacks.base import AttackedSample
@@ -241,7 +241,7 @@ class Target:
         """
         self._spend(rows, forwards=1, backwards=1)
         with torch.enable_grad():
-            leaves = {name: main(f).detach().clone().requires_grad_() for name, f in features.items()}
+            leaves = {name: without_mask(f).detach().clone().requires_grad_() for name, f in features.items()}
             given = {n: (leaves[n], *f[1:]) if isinstance(f, tuple) else leaves[n] for n, f in features.items()}
             prediction = self._fused({**self._clean_features(rows), **given})
         return self._followed(loss, prediction, leaves, rows)

@@ -14,7 +14,7 @@ from muroan.attacks.feature_pgd import norms
 from muroan.data.samples import Batch
 from muroan.defenses.base import Defense
 from muroan.errors import MuroanError, check_number, check_whole
-from muroan.models.base import Features, MultimodalModel, main, map_features, shifted
+from muroan.models.base import Features, MultimodalModel, map_features, shifted, without_mask
 
 
 class EmbeddingAdversarialTraining(Defense):
@@ -82,7 +82,7 @@ class EmbeddingAdversarialTraining(Defense):
             # Of the sum: a sample's share in a mean over the batch may be too small for half precision.
             found = torch.autograd.grad(harm * len(batch), list(deltas.values()), retain_graph=True)
             for (name, delta), gradient in zip(list(deltas.items()), (g.float() for g in found), strict=True):
-                radius = self.epsilon * norms(main(features[name]).detach())
+                radius = self.epsilon * norms(without_mask(features[name]).detach())
                 ahead = delta.detach() + self.step * radius / self.epsilon * gradient / norms(gradient).clamp(min=1e-12)
                 deltas[name] = (ahead * (radius / norms(ahead).clamp(min=1e-12)).clamp(max=1)).requires_grad_()
         self.cost.attack_forwards += self.steps * len(batch)
@@ -98,7 +98,7 @@ class EmbeddingAdversarialTraining(Defense):
         """
         rng, deltas = self.rng(batch_idx), {}
         for name in self.names:
-            x = main(features[name]).detach()
+            x = without_mask(features[name]).detach()
             if not x.is_floating_point():
                 raise MuroanError(
                     f"embedding_adversarial_training does not fit this model: its features of {name!r} are "

@@ -26,14 +26,14 @@ def map_features(function: Callable[..., Tensor], *features: Features) -> Featur
     return function(*features)
 
 
-def main(features: Features) -> Tensor:
+def without_mask(features: Features) -> Tensor:
     """The features themselves, without their mask."""
     return features[0] if isinstance(features, tuple) else features
 
 
 def shifted(features: Features, delta: Tensor) -> Features:
     """The features (B, ...) moved, in their own type."""
-    delta = delta.to(main(features))
+    delta = delta.to(without_mask(features))
     return (features[0] + delta, *features[1:]) if isinstance(features, tuple) else features + delta
 
 

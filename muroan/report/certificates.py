@@ -150,7 +150,7 @@ def _named(votes: Sequence[Vote]) -> list[Vote]:
     return [replace(v, name=f"{v.name} ({v.folder})") if often[v.name] > 1 else v for v in named]
 
 
-def _attacks(vote: Vote) -> list[str]:
+def _attack_names(vote: Vote) -> list[str]:
     """What the attacks on a vote are called beside it."""
     often = Counter(run.attack for run, _ in vote.attacks)
     return [run.attack if often[run.attack] == 1 else run.label for run, _ in vote.attacks]
@@ -161,7 +161,7 @@ def picture(votes: Sequence[Vote], dark: bool) -> bytes:
     panels: dict[str, Certified] = {}
     for vote in votes:
         records = [run.records for run, _ in vote.attacks]
-        panels[vote.name] = vote.certificates, list(zip(_attacks(vote), records, strict=True))
+        panels[vote.name] = vote.certificates, list(zip(_attack_names(vote), records, strict=True))
     return certified_curves(panels, dark)
 
 
@@ -173,7 +173,7 @@ def table(votes: Sequence[Vote]) -> list[list[str]]:
     for vote in votes:
         told, alone = vote.summary, vote.summary["alone"]
         accuracies = [figure(held.accuracy, "rate") for _, held in vote.attacks]
-        left = [f"{accuracy} {name}" for accuracy, name in zip(accuracies, _attacks(vote), strict=True)]
+        left = [f"{accuracy} {name}" for accuracy, name in zip(accuracies, _attack_names(vote), strict=True)]
         rows.append(
             [
                 vote.name,
