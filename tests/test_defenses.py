@@ -34,7 +34,7 @@ from muroan.data.base import MultimodalData, scratch_text
 from muroan.data.samples import Batch, Example, Sample
 from muroan.defenses.adversarial_training import AdversarialTraining
 from muroan.defenses.base import Cost, Defense, without
-from muroan.defenses.embedding_adversarial_training import EmbeddingAdversarialTraining, divergence, main, norms
+from muroan.defenses.embedding_adversarial_training import EmbeddingAdversarialTraining, divergence, norms, without_mask
 from muroan.defenses.mmcert import MMCert
 from muroan.defenses.modality_dropout import ModalityDropout
 from muroan.defenses.noise_augmentation import NoiseAugmentation
@@ -391,7 +391,7 @@ def test_feature_perturbations_stay_in_their_balls_and_do_harm(learned: Any, mon
 
     def watched(features: Any) -> torch.Tensor:
         seen.extend(
-            ((main(features[n]).detach() - x).flatten(1).norm(dim=1) / norms(x)[:, 0]).max().item()
+            ((without_mask(features[n]).detach() - x).flatten(1).norm(dim=1) / norms(x)[:, 0]).max().item()
             for n, x in clean.items()
         )
         embedding = fuse(features)
