@@ -84,7 +84,15 @@ class DeviceStore:
             stacked = self.moved(stacked.to(self.dtype) if stacked.is_floating_point() else stacked)
             if name not in store:
                 store[name] = self._room(stacked)
+                if name in self.model.channels_last:
+                    store[name] = store[name].movedim(1, -1).contiguous().movedim(-1, 1)
             store[name][rows] = stacked
+
+    def inputs_at(self, name: str, places: Tensor) -> Tensor:
+        """The inputs (P, *shape) of the slots at these places, laid out in memory as the model wants them."""
+        if name in self.model.channels_last:
+            return take_rows(places)(self.inputs[name].movedim(1, -1)).movedim(-1, 1)
+        return take_rows(places)(self.inputs[name])
 
     def keep_features(self, name: str, slots: Tensor, features: Features) -> None:
         if name not in self.features:

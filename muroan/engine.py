@@ -807,7 +807,8 @@ class QueryEngine:
         slots = self._store.tensor([live.slot for live in lives])
 
         def rows(room: Tensor) -> Tensor:
-            return room[slots].clone()  # a tensor of its own, also where the store was filled in inference mode
+            # A tensor of its own, also where the store was filled in inference mode.
+            return room[slots].clone(memory_format=torch.contiguous_format)
 
         dtype = store.dtype
         assert store.embedding is not None
@@ -1063,11 +1064,11 @@ class QueryEngine:
         store, modality = self._store, self.model.modalities[name]
         regions = [[r for r in q.removal.regions if r.modality == name] for q in questions]
         boxes = modality.boxes(regions, [q.live.sample.layouts[name] for q in questions])
-        rows = take_rows(self._store.tensor([q.live.slot for q in questions]))
-        x = rows(store.inputs[name])
+        slots = self._store.tensor([q.live.slot for q in questions])
+        x = store.inputs_at(name, slots)
         if boxes.shape[1]:
             boxes = store.moved(boxes)
-            baseline = rows(store.baselines[name]) if name in store.baselines else None
+            baseline = take_rows(slots)(store.baselines[name]) if name in store.baselines else None
             x = modality.occlude(x, boxes, self.threat_model.replacement[name], baseline)
         self.statistics.encoded[name] += len(questions)
         return self.model.encode(name, x)

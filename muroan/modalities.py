@@ -237,7 +237,7 @@ def replace_boxes(x: Tensor, boxes: Tensor, values: Tensor | int) -> Tensor:
         if isinstance(values, Tensor):
             return torch.where(mask, values.to(x.dtype), x)
         return x.masked_fill(mask, values) if values else blanked(x, mask)
-    x = x.clone(memory_format=torch.contiguous_format)
+    x = x.clone()
     into = x.view(whole).numpy()  # which knows the bits of every type of number
     source = torch.as_tensor(values, dtype=x.dtype).view(whole).expand_as(x).numpy()
     for row, box in zip(real.nonzero()[:, 0].tolist(), boxes[real].tolist(), strict=True):

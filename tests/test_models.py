@@ -18,9 +18,11 @@ from hydra.utils import instantiate
 from torch import nn
 
 from muroan import evaluate
+from muroan.attacks.base import ThreatModel
+from muroan.attacks.random_removal import RandomRemoval
 from muroan.attacks.saliency_removal import SaliencyRemoval
 from muroan.attacks.target import Target
-from muroan.data.samples import Example, PreparedDataset
+from muroan.data.samples import Example, PreparedDataset, Sample
 from muroan.errors import MuroanError
 from muroan.modalities import Audio, Image, Text, WordTokenizer
 from muroan.models.encoders import (
@@ -144,6 +146,51 @@ def test_image_encoder_takes_any_size(size):
     assert tokens.shape == (2, 16, 16)
     assert mask.shape == (2, 16)
     assert mask.all()
+
+
+@pytest.mark.parametrize("replacement", Image.replacements)
+@pytest.mark.parametrize(
+    ("kind", "picture"),
+    [("plain", IMAGE), ("plain", GREY), ("contextual", IMAGE), ("contextual", GREY), ("full", IMAGE)],
+    ids=["plain-colour", "plain-grey", "contextual-colour", "contextual-grey", "mmbt_full"],
+)
+def test_pictures_come_as_the_encoder_reads_them(kind, picture, replacement):
+    """Nothing is turned around at every question, and no bit of what it makes of them differs for it."""
+    if kind == "full":
+        from muroan.models.mmbt_full import MMBTFull
+
+        model = scramble(MMBTFull({"image": picture, "text": TEXT}, CLASSES, TINY_BERT, TINY_RESNET, size=(64, 64)))
+        encoder = model.resnet
+    else:
+        encoders = {"plain": ENCODERS, "contextual": TRANSFORMERS}[kind]
+        model = scramble(build({"image": picture, "text": TEXT}, "concat", **encoders))
+        encoder = model.encoders["image"]
+    inputs = random_inputs(model.modalities, 8)
+    layouts = {"image": picture.prepare(np.zeros((4, 4, 3), np.uint8))[1]}
+    texts = [TEXT.prepare(sentence)[1] for sentence in ("is there a red circle ?", "circle", "a red picture in there")]
+    samples = [
+        Sample(f"s{i}", i, {n: x[i] for n, x in inputs.items()}, {**layouts, "text": texts[i % 3]}, int(label))
+        for i, label in enumerate(model(inputs).logits.argmax(1))
+    ]
+    seen = []
+    encoder.register_forward_hook(lambda _, args, out: seen.append((args[0], out[0])))
+
+    def run():
+        seen.clear()
+        evaluate(model, samples, RandomRemoval(), threat_model=ThreatModel({"image": replacement}), batch_size=16)
+        return seen.copy()
+
+    assert list(model.channels_last) == ["image"]
+    fast = run()
+    model.channels_last = ()
+    slow = run()
+    assert len(fast) == len(slow) > 5
+    for (x, tokens), (same_x, same_tokens) in zip(fast, slow, strict=True):
+        assert x.stride(1) == 1
+        assert x.movedim(1, -1).is_contiguous()
+        assert same_x.stride(1) != 1
+        assert torch.equal(x, same_x)
+        assert torch.equal(tokens, same_tokens)
 
 
 def test_masked_mean():

@@ -6,7 +6,7 @@ The split is what makes the attacks general and fast: a query that changes only 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 import torch
@@ -55,9 +55,12 @@ class MultimodalModel(nn.Module, ABC):
         modalities: what the model takes, by name, in a fixed order.
         num_classes: C.
         pretrained: True when the model can be attacked as it is loaded, without training here.
+        channels_last: modalities (B, C, H, W) that `encode` would rather read stored pixel by pixel, as
+            `torch.channels_last` is: the engine keeps them so, and nothing has to be turned around at every question.
     """
 
     pretrained = False
+    channels_last: Collection[str] = ()
 
     def __init__(self, modalities: Mapping[str, Modality], num_classes: int):
         super().__init__()

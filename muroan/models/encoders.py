@@ -82,7 +82,9 @@ class ConvGrid(nn.Module):
             (B, h*w, D) tokens, all real.
         """
         # Stored pixel by pixel, which is faster on a CPU; `contiguous` would leave a single channel as it is.
-        x = x.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
+        pixels = x.movedim(1, -1)
+        if x.stride(1) != 1 or not pixels.is_contiguous():
+            x = pixels.clone(memory_format=torch.contiguous_format).movedim(-1, 1)
         x = self.layers(x)  # (B, D, H/8, W/8)
         x = self.rows @ x @ self.columns  # (B, D, h, w)
         x = self.norm(x.flatten(2).transpose(1, 2)) + self.position  # (B, h*w, D)
@@ -91,6 +93,8 @@ class ConvGrid(nn.Module):
 
 class ConvTokens(ConvGrid):
     """An image (B, C, H, W) of any size as a grid of visual tokens, 4 x 4 by default."""
+
+    channels_last = True  # see `MultimodalModel.channels_last`
 
     def __init__(self, modality: Modality, width: int = 128, grid: tuple[int, int] = (4, 4)):
         check_modality(self, modality, Image)
@@ -198,6 +202,7 @@ class Contextual(nn.Module):
     def __init__(self, embedding: Any, layers: int, heads: int, dropout: float):
         super().__init__()
         self.width, self.embedding = embedding.width, embedding
+        self.channels_last = getattr(embedding, "channels_last", False)
         self.blocks = nn.ModuleList(Block(self.width, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(self.width)
 

@@ -42,6 +42,7 @@ class FusionModel(MultimodalModel):
                 )
         built = {name: encoders[name](modality) for name, modality in modalities.items()}
         self.encoders = nn.ModuleDict(built)
+        self.channels_last = [name for name, encoder in built.items() if getattr(encoder, "channels_last", False)]
         self.fusion = fusion({name: encoder.width for name, encoder in built.items()}, num_classes)
         self.classifier = head(self.fusion.width, num_classes)
 

@@ -68,6 +68,7 @@ class MMBTFull(MultimodalModel):
         self.image, self.text = names
         # A GPU's convolutions take and give channels last: else they turn every map around, and back.
         self.bert, self.resnet = language, vision.to(memory_format=torch.channels_last)
+        self.channels_last = [self.image]
         self.pad_id = text.tokenizer.pad_id
         for part, tokens in {"prefix": text.tokenizer.prefix, "suffix": text.tokenizer.suffix}.items():
             self.register_buffer(part, torch.tensor(tokens, dtype=torch.long), persistent=False)
