@@ -97,8 +97,8 @@ def _cells(grid: Grid, defense: Defended) -> list[str]:
 
 
 NOTE = (
-    "Robust to all flips: of the removal attacks with a column here (those that choose values aside) none "
-    "flips the sample (the worst case); the smallest of their flips goes into the curve. Robust to valid flips: "
+    "Robust to all flips: of the removal attacks with a column here (those that choose values or features aside) "
+    "none flips the sample (the worst case); the smallest of their flips goes into the curve. Robust to valid flips: "
     "likewise, where only flips count after which the label is still right, says the dataset; where it can tell, a "
     "defence is judged by these. Columns of attacks: robust accuracy, in brackets the success rate and the mean "
     "decoupled (or changed) fraction of the flips, all in percent. p is of the exact sign-flip test over the samples "
