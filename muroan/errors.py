@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Integral, Real
+from typing import Any
 
 
 class MuroanError(Exception):
@@ -25,6 +27,20 @@ def check_whole(group: str, least: int = 1, **numbers: object) -> None:
     for name, number in numbers.items():
         if isinstance(number, bool) or not isinstance(number, Integral) or number < least:
             raise MuroanError(f"{group}.{name} must be a whole number, at least {least}, got {number!r}")
+
+
+def check_names(group: str, **lists: Any) -> None:
+    """Check options that are a list of names, or None for all.
+
+    Raises:
+        MuroanError: one is something else, a single word for instance, or empty, or names something twice.
+    """
+    for option, names in lists.items():
+        if names is None:
+            continue
+        listed = isinstance(names, Sequence) and not isinstance(names, str) and all(isinstance(n, str) for n in names)
+        if not listed or not names or len(set(names)) < len(names):
+            raise MuroanError(f"{group}.{option} must be a list of different names, or null, got {names!r}")
 
 
 def check_number(group: str, low: float, high: float = math.inf, *, above: bool = False, **numbers: object) -> None:

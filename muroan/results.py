@@ -160,6 +160,18 @@ def fingerprint(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
 
 
+def read_json(path: Path, remedy: str) -> Any:
+    """What a file of this project's own says.
+
+    Raises:
+        MuroanError: it is damaged; `remedy` says what to do.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise MuroanError(f"{path} is damaged ({error}): {remedy}") from None
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file so that a reader sees the old file or the new one, never half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

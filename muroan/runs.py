@@ -99,10 +99,21 @@ class Run:
             goals = {"_targeted": "another class", "_embedding": "another fusion embedding"}
             ours = self.attack.startswith("decoupling")
             told = next((goal for part, goal in goals.items() if ours and part in self.attack), "")
-            options = self.identity.get("attack")
-            if not told and isinstance(options, dict) and options.get("valid_only"):
-                told = "another label with the old label still right"
+        if not told and self.options.get("valid_only") and self.judged:
+            told = "another label with the old label still right"
         return str(told)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The attack's own; empty where they are not known."""
+        options = self.identity.get("attack")
+        return options if isinstance(options, dict) else {}
+
+    @property
+    def reach(self) -> list[str] | None:
+        """The modalities that the attack was told to keep to; None where it may work on all."""
+        names = set(self.options.get("modalities") or ())
+        return sorted(names) if names and names < set(self.modalities) else None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -126,6 +137,10 @@ class Run:
         told = self.about.get("threat_model") or self.identity.get("threat_model")
         given = {key: value for key, value in flat(told).items() if value is not None and key != "_target_"}
         return json.dumps([given, self.goal], sort_keys=True)
+
+    def must_beat(self, control: Run) -> bool:
+        """Whether a random control does the same at random: under the same rules, in the same modalities."""
+        return control.is_control and self.rules == control.rules and self.reach == control.reach
 
     @property
     def judged(self) -> bool:

@@ -19,6 +19,8 @@ from torch import nn
 import muroan
 from muroan.attacks.base import Attack, Perturbation, ThreatModel
 from muroan.attacks.corruptions import AudioNoise, Corruption, GaussianNoise, SaltAndPepper, WordMasking
+from muroan.attacks.decoupling import Decoupling
+from muroan.attacks.decoupling_fast import DecouplingFast
 from muroan.attacks.decoupling_reference import DecouplingReference
 from muroan.attacks.exhaustive import Exhaustive, ascending
 from muroan.attacks.greedy import lowest, ranked
@@ -275,6 +277,25 @@ def test_random_removal_with_all_of_the_budget():
     assert 175 < asked(500) < 500, "one to three of ten atoms make 175 sets, larger regions some more, but not 500"
     with pytest.raises(MuroanError, match=r"attack\.draws=null never ends without a budget"):
         one(linear(PIXELS, WORDS, 9), RandomRemoval(draws=None))
+
+
+@pytest.mark.parametrize("draws", [20, None])
+def test_random_removal_in_one_modality(draws):
+    asked: list[Region] = []
+
+    class Noting(RandomRemoval):
+        def draw(self, sample, names):
+            removal = super().draw(sample, names)
+            asked.extend(removal.regions)
+            return removal
+
+    budget = ThreatModel(min_side=SINGLE.min_side, max_queries=40)
+    for names in (["image"], ["text"], ["text", "image"]):
+        attack = Noting(draws, modalities=names)
+        assert attack.name == "_".join(["random_removal", *names, *([] if draws else ["budget"])])
+        one(linear(PIXELS, WORDS, 9), attack, threat_model=budget)
+        assert {region.modality for region in asked} == set(names)
+        asked.clear()
 
 
 def toy_samples() -> list[Sample]:
@@ -909,6 +930,11 @@ def test_masked_words_are_counted_by_their_tokens():
         (SparseRS(), ("text",), r"values of images and sounds.*takes, text \(Text\), it can change none"),
         (SparseRS(modalities=["text"]), ("image", "text"), r"it can change image, and attack\.modalities names"),
         (SparseRS("patch"), ("image", "audio"), r"a patch lies in one modality.*name one in attack\.modalities"),
+        *(
+            (attack, ("image", "text"), r"attack\.modalities must be a list of different names, or null, got")
+            for wrong in (5, "image", [], ["image", "image"], ["image", 1])
+            for attack in (SparseRS(modalities=wrong), DecouplingFast(modalities=wrong))
+        ),
         (OnePixel(), ("audio", "text"), r"changes pixels: .*audio \(Audio\), text \(Text\), it can change none"),
         (WordSubstitution(), ("image", "audio"), r"changes words: .*image \(Image\), audio \(Audio\)"),
         (GaussianNoise(), ("audio", "text"), r"changes images: .*audio \(Audio\), text \(Text\)"),
@@ -939,6 +965,10 @@ def test_a_tokenizer_without_a_mask_token_is_told():
         lambda: SparseRS(k=0),
         lambda: SparseRS(queries=0),
         lambda: SparseRS(alpha_init=0),
+        lambda: SparseRS(alpha_init="abc"),
+        lambda: RandomRemoval(modalities="image"),
+        lambda: Decoupling(modalities=5),
+        lambda: Decoupling(modalities=["image", "image"]),
         lambda: OnePixel(0),
         lambda: OnePixel(population=2),
         lambda: WordSubstitution(0),

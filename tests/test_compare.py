@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -31,7 +32,7 @@ from muroan.report.html import warnings
 from muroan.report.markup import tex
 from muroan.report.paired import UNCONTROLLED, against_controls, flip_queries, flip_sizes
 from muroan.report.plots import success_at, success_band
-from muroan.report.significance import STEPS, holm, over_seeds, sign_flip
+from muroan.report.significance import common_unit, holm, over_seeds, sign_flip
 from muroan.results import AttackResult, Count, RunFolder
 from muroan.runs import find_runs
 
@@ -341,15 +342,43 @@ class TestPairs:
         exact = binomtest(only_first, n).pvalue if n else 1.0
         assert sign_flip(differences) == pytest.approx(exact, rel=1e-6)
 
-    @given(st.lists(st.floats(-100, 100).map(lambda x: round(x, 1)), max_size=10))
-    def test_all_sign_flips_of_a_few_by_brute_force(self, values):
-        units = np.rint(10 * np.array(values)).astype(int)  # whole numbers, so that no tie is decided by rounding
-        total = abs(units).sum()
-        flips = [abs(np.dot(signs, units)) for signs in itertools.product((1, -1), repeat=len(values))]
-        slack = len(values) * total / STEPS  # what counting in steps may move a sum by
-        least = np.mean([flip >= abs(units.sum()) + slack for flip in flips])
-        most = np.mean([flip >= abs(units.sum()) - slack for flip in flips])
-        assert least - 1e-9 <= sign_flip(units.astype(float)) <= most + 1e-9
+    @given(
+        st.lists(st.lists(st.sampled_from([-1, 0, 1]), min_size=3, max_size=3), min_size=1, max_size=10),
+        st.sampled_from([(100, 100, 100), (97, 98, 100), (2**0.5, 3**0.5, 5**0.5)]),
+    )
+    def test_all_sign_flips_of_a_few_by_brute_force(self, wins, counts):
+        """Samples of three seeds, which succeed by one of the attacks or by both alike, of so many samples each: in one
+        unit, in one that is small, and in none. Sums are compared by their terms, so that rounding decides no tie."""
+        terms = np.array(wins)
+        differences = (terms / np.array(counts) * 100 / 3).sum(1)
+        signs = np.array(list(itertools.product((1, -1), repeat=len(wins))))
+        sums, seen = signs @ terms, terms.sum(0)
+        if len(set(counts)) == 1:
+            sums, seen = sums.sum(1, keepdims=True), seen[None].sum(1)
+        same = (sums == seen).all(1) | (sums == -seen).all(1)
+        shares = 1 / np.array(counts[: sums.shape[1]])
+        larger = np.abs(sums @ shares) > np.abs(seen @ shares) + 1e-9
+        assert sign_flip(differences) == pytest.approx(np.mean(same | larger), rel=1e-9)
+
+    @given(st.lists(st.integers(1, 500), min_size=1, max_size=8), st.floats(0.01, 100))
+    def test_the_common_unit_is_the_greatest_divisor(self, numbers, scale):
+        unit = common_unit(scale * np.array(numbers, dtype=float), scale / 2)
+        assert unit == pytest.approx(scale * math.gcd(*numbers), rel=1e-6)
+        assert common_unit(scale * np.array(numbers, dtype=float), 1.01 * scale * math.gcd(*numbers)) is None
+
+    def test_without_a_common_unit_p_is_too_large_by_little(self):
+        """As many as in a table: counted more coarsely than above, against the same numbers made whole."""
+        rng = np.random.default_rng(5)
+        whole = rng.integers(1, 3_000, 300) * rng.choice([1, -1], 300, p=[0.53, 0.47])
+        chance = np.zeros(np.abs(whole).sum() + 1)
+        chance[0] = 1
+        for size in np.abs(whole):
+            chance = 0.5 * (chance + np.concatenate([np.zeros(size), chance[:-size]]))
+        sums = np.abs(2 * np.arange(len(chance)) - len(chance) + 1)
+        exact = chance[sums >= abs(whole.sum())].sum()
+        several = whole + rng.uniform(-1e-3, 1e-3, 300)
+        assert 0.001 < exact < 0.9
+        assert exact <= sign_flip(several) <= 1.1 * exact
 
     def test_more_differences_than_can_be_counted(self):
         """Of one size they are still exact; of several, as near as the normal distribution, which is checked below."""
@@ -481,6 +510,54 @@ class TestWarning:
             "another fusion embedding",
             "another class",
         ]
+
+    def test_a_search_in_one_modality_has_a_control_in_it(self, tmp_path):
+        """Random removal that may take from the others has more to choose from, and says nothing about the search."""
+
+        def told(name: str, attack: str, outcomes: list[int | None], *modalities: str) -> None:
+            file = write_run(tmp_path / name, attack, outcomes, total={"image": 100, "text": 9}) / "run.json"
+            run = json.loads(file.read_text())
+            run["identity"]["attack"]["modalities"] = list(modalities) or None
+            file.write_text(json.dumps(run))
+
+        def against() -> list[tuple[str, str]]:
+            found = against_controls(find_runs([tmp_path]))
+            assert [(c.guided.attack, c.control.attack) for c in found] == [
+                (pair.attack.name, pair.reference.name)
+                for pair in compared(tmp_path).pairs
+                if pair.reference.is_control
+            ]
+            return [(c.guided.attack, c.control.attack) for c in found]
+
+        told("all", "decoupling", CLEAR)
+        told("both", "greedy", GUIDED, "text", "image")  # which are all that there are
+        told("image", "decoupling_image", NOTHING, "image")
+        told("random", "random_removal", RANDOM)
+        assert sorted(against()) == [("decoupling", "random_removal"), ("greedy", "random_removal")]
+        comparison = compared(tmp_path)
+        assert not any("decoupling_image" in warning for warning in comparison.warnings)
+        assert [note for note in comparison.notes if UNCONTROLLED in note] == [
+            f"d · m, decoupling_image: {UNCONTROLLED}"
+        ]
+        told("random_image", "random_removal_image", CLEAR, "image")
+        assert ("decoupling_image", "random_removal_image") in against()
+        assert ("decoupling", "random_removal_image") not in against()
+        assert any("decoupling_image less that of random_removal_image" in w for w in compared(tmp_path).warnings)
+
+    def test_what_takes_valid_flips_alone_is_another_contest(self, tmp_path):
+        """Where the dataset can tell; where it cannot, any flip is taken."""
+
+        def told(name: str, attack: str, judged: bool, **options: Any) -> None:
+            file = write_run(tmp_path / name, attack, CLEAR) / "run.json"
+            run = json.loads(file.read_text())
+            run["identity"]["attack"] |= options
+            file.write_text(json.dumps({**run, "goal": "", "judged": judged}))
+
+        for judged, pairs in ((True, []), (False, [("decoupling_fast", "random_removal")])):
+            told(f"{judged}/fast", "decoupling_fast", judged, valid_only=True)
+            told(f"{judged}/random", "random_removal", judged)
+            found = against_controls(find_runs([tmp_path / str(judged)]))
+            assert [(c.guided.attack, c.control.attack) for c in found] == pairs
 
     def test_what_is_a_default_may_be_spelled_out(self, tmp_path):
         """Beside what earlier versions wrote, null for every default."""

@@ -669,6 +669,26 @@ def test_what_is_claimed_of_parts_is_true(weights, pairs, share):
         assert (len(record.regions), record.proven) == (fewest, True)
 
 
+@pytest.mark.parametrize("objective", ["fraction", "normalised", "parts"])
+@pytest.mark.parametrize("queries", [10, 11, 13, 50, 500])
+def test_a_proof_needs_no_budget_where_nothing_smaller_is_left(objective, queries):
+    """A word is the smallest region, and one part the fewest: ten questions, the least there are, can show that."""
+    record = one(flips_when(lambda p: p.gone(word(0))), Decoupling(objective=objective), queries)
+    assert record.removed == {"text": 1}
+    assert record.proven
+
+
+def test_any_flip_that_will_do_is_not_proven():
+    assert not one(flips_when(lambda p: p.gone(word(0))), Decoupling(first=True)).proven
+
+
+def test_no_part_is_added_to_a_single_one():
+    record = one(flips_when(lambda p: p.gone(QUADRANT)), Decoupling(objective="parts"))
+    assert record.removal.regions == (QUADRANT,)
+    assert record.proven
+    assert {"screen", "clean", "verify", "audit"} >= set(record.ledger)
+
+
 def test_two_parts_are_the_fewest_when_every_region_was_asked():
     record = one(TOYS["two words"][0](), Decoupling(objective="parts"))
     assert (len(record.regions), record.proven) == (2, True)

@@ -289,6 +289,9 @@ def test_a_checkpoint_of_another_variant_of_a_defense_is_not_taken_for_it(
     assert differing() == differing(seed=8) == ""
     assert differing(defense={"_target_": "A", "ratio": 0.5}) == "defense.ratio: 0.5 there, 1.0 asked for"
     assert differing(hardening={"epochs": 3}) == "hardening.epochs: 3 there, 2 asked for"
+    (tmp_path / "summary.json").write_text('{"identity": {')
+    with pytest.raises(MuroanError, match=r"summary\.json is damaged \(.*\): rerun=true trains anew"):
+        other_hardening(checkpoint, config)
     (tmp_path / "summary.json").unlink()
     assert other_hardening(checkpoint, config) == "", "a file from elsewhere tells nothing"
 
@@ -313,6 +316,18 @@ def test_a_killed_offline_hardening_goes_on_where_it_was(place: tuple[Path, list
     process.communicate()
     first = (out / "adversarial/0-00000.pt").stat().st_mtime_ns
     assert not (out / "summary.json").exists()
+    for file, before, told in (
+        (out / "adversarial/set.json", (out / "adversarial/set.json").read_bytes(), "set.json is damaged (Expecting"),
+        (out / "last.ckpt", None, "the training cannot go on: "),
+    ):
+        file.write_text("junk")
+        refused = muroan("harden", *words, cwd=tmp_path, check=False)
+        assert refused.returncode == 1
+        (line,) = [line for line in refused.stderr.splitlines() if told in line]
+        assert f"{file}" in line
+        assert "rerun=true" in line
+        assert "Traceback" not in refused.stderr
+        file.unlink() if before is None else file.write_bytes(before)
     muroan("harden", *words, cwd=tmp_path)
     assert (out / "adversarial/0-00000.pt").stat().st_mtime_ns == first
     assert len(list((out / "adversarial").glob("*.pt"))) == 3

@@ -248,10 +248,10 @@ def test_what_is_no_sample_or_no_removal_of_it_is_refused(easy_vqa, samples):
         easy_vqa.still_valid(asked, Removal.of(Region("audio", (0,), (1,))))
 
 
-@pytest.mark.parametrize("visible", [0, -0.1, 1.01, float("nan")])
+@pytest.mark.parametrize("visible", [0, -0.1, 1.01, float("nan"), "abc", True])
 def test_the_visible_share_is_checked(visible):
     for build in (lambda: EasyVQA(visible=visible), lambda: DigitSum("x", visible=visible)):
-        with pytest.raises(MuroanError, match=r"dataset\.visible is a share above 0 and at most 1, got"):
+        with pytest.raises(MuroanError, match=r"dataset\.visible must be a number above 0 and at most 1, got"):
             build()
 
 

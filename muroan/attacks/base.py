@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 from muroan.attacks.target import BudgetExhausted, Perturbation, Target
-from muroan.errors import MuroanError, check_whole
+from muroan.errors import MuroanError, check_names, check_whole
 from muroan.modalities import Layout, Modality, Region, Removal, removed_elements
 
 __all__ = ["Ask", "Attack", "AttackedSample", "BatchAttack", "BudgetExhausted", "Perturbation", "Response", "Search"]
@@ -186,7 +186,7 @@ class AttackedSample:
     proven: bool | None = None
     info: dict[str, Any] = field(default_factory=dict)
     below: Below = field(default_factory=dict, repr=False)
-    _universe: list[Region] | None = field(default=None, init=False, repr=False)  # what `draw` draws from
+    _universes: dict[tuple[str, ...], list[Region]] = field(default_factory=dict, init=False, repr=False)
 
     def flipped(self, response: Response) -> bool:
         return response.label != self.label
@@ -232,11 +232,11 @@ class AttackedSample:
             self.below[root] = found or [root], atoms
         return self.below[root]
 
-    def draw(self, parts: int) -> Removal:
-        """A removal of up to `parts` regions drawn uniformly from the universe."""
-        if self._universe is None:
-            self._universe = self.universe()
-        universe = self._universe
+    def draw(self, parts: int, *modalities: str) -> Removal:
+        """A removal of up to `parts` regions drawn uniformly from the universe of the given (or all) modalities."""
+        universe = self._universes.get(modalities)
+        if universe is None:
+            universe = self._universes[modalities] = self.universe(*modalities)
         picks = self.rng.choice(len(universe), min(parts, len(universe)), replace=False)
         return Removal.of(*(universe[i] for i in picks))
 
@@ -244,8 +244,9 @@ class AttackedSample:
         """The names of the modalities that an attack is to work on: all, where it names none.
 
         Raises:
-            MuroanError: the model does not have one of them.
+            MuroanError: the model does not have one of them; they are no list of different names.
         """
+        check_names("attack", modalities=modalities)
         if absent := [name for name in modalities or () if name not in self.modalities]:
             raise MuroanError(f"attack.modalities names {absent}, the model has {list(self.modalities)}")
         return list(modalities or self.modalities)

@@ -15,7 +15,7 @@ from scipy.special import log_ndtr
 from muroan.attacks.base import Ask, Attack, AttackedSample, BudgetExhausted, Response, Search
 from muroan.attacks.greedy import ROUNDING, lowest, ranked
 from muroan.attacks.universe import Universe, ascending, cheaper
-from muroan.errors import MuroanError, check_whole
+from muroan.errors import MuroanError, check_names, check_whole
 from muroan.modalities import Removal, removed_elements
 
 Asking = Generator[Ask, list[Response], None]
@@ -109,9 +109,7 @@ class Decoupling(Attack):
             raise MuroanError(f"attack.embedding must be argmax or a cosine distance in (0, 2], got {embedding!r}")
         if patience is not None:
             check_whole("attack", patience=patience)
-        listed = modalities is None or (not isinstance(modalities, str) and len(modalities) > 0)
-        if not listed or len(set(modalities or ())) < len(modalities or ()):
-            raise MuroanError(f"attack.modalities must be a list of different names, or null, got {modalities!r}")
+        check_names("attack", modalities=modalities)
         self.objective, self.valid_only, self.first = objective, valid_only, first
         self.patience = math.inf if patience is None else patience
         self.modalities = None if modalities is None else list(modalities)
@@ -197,7 +195,8 @@ class Decoupling(Attack):
             if hunt.left <= 0 and hunt.known < 2 ** len(hunt.universe.atoms):
                 raise BudgetExhausted  # the search did not give up
             return None
-        sample.proven = hunt.proven
+        # The budget may have ended the search after the last smaller removal was asked.
+        sample.proven = hunt.proven or (not self.first and hunt.unasked() == [])
         return hunt.universe.removal(hunt.best)
 
 
@@ -407,6 +406,9 @@ class Hunt:
             yield from self.screen(tops)
             self.look_at_embedding()
             self.believe()
+            if self.best is not None and self.attack.objective == "parts":  # to grow one would only add parts
+                yield from self.prove()
+        if not self.proven:
             if self.large:
                 yield from self.grow()
                 yield from self.shrink()
@@ -612,15 +614,21 @@ class Hunt:
 
     def prove(self) -> Asking:
         """If all smaller removals can be asked, ask them, the smallest first: a flip is then the minimum."""
+        missing = self.unasked()
+        if missing is not None:
+            yield from self.ask(missing, "prove", until_flip=True)
+            self.proven = True
+
+    def unasked(self) -> list[np.ndarray] | None:
+        """All smaller removals than the best flip that have not been asked, the smallest first; None where they are
+        more than may be asked."""
         below = self.bound - 1e-9
         most = min(int((self.costs[1 : self.known] < below).sum()) + self.left, SETS)
         smaller = self.of_fewer_parts(most) if self.attack.objective == "parts" else self.cheaper_sets(below, most)
         if smaller is None:
-            return
+            return None
         missing = self.allowed([chosen for chosen in smaller if chosen.tobytes() not in self.rows])
-        if len(missing) <= self.left:
-            yield from self.ask(missing, "prove", until_flip=True)
-            self.proven = True
+        return missing if len(missing) <= self.left else None
 
     def cheaper_sets(self, below: float, most: float) -> list[np.ndarray] | None:
         """All sets of atoms that cost less, the cheapest first; None where they are more than so many."""

@@ -34,7 +34,7 @@ class DecouplingFast(Attack):
     ):
         check_whole("attack", rounds=rounds, width=width)
         self.rounds, self.width, self.valid_only = rounds, width, valid_only
-        self.modalities = None if modalities is None else list(modalities)
+        self.modalities = modalities
 
     def search(self, sample: AttackedSample) -> Search:
         names = sample.chosen(self.modalities)

@@ -11,7 +11,7 @@ import numpy as np
 
 from muroan.attacks.base import BatchAttack, Perturbation, Target
 from muroan.attacks.canvas import Canvas, Paint
-from muroan.errors import MuroanError, check_whole
+from muroan.errors import MuroanError, check_number, check_whole
 
 ROUNDING = 1e-6  # a margin must fall by more than what the arithmetic of another batch size may make of it
 
@@ -52,8 +52,7 @@ class SparseRS(BatchAttack):
         check_whole("attack", k=k, queries=queries)
         self.mode, self.k, self.queries, self.shrink, self.modalities = mode, k, queries, shrink, modalities
         self.alpha_init = (0.3 if mode == "pixels" else 0.4) if alpha_init is None else alpha_init
-        if not 0 < self.alpha_init <= 1:
-            raise MuroanError(f"attack.alpha_init must lie in 0 to 1, got {alpha_init}")
+        check_number("attack", 0, 1, above=True, alpha_init=self.alpha_init)
 
     def perturb(self, target: Target) -> Sequence[Perturbation | None]:
         """

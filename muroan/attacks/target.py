@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from muroan.errors import MuroanError
+from muroan.errors import MuroanError, check_names
 from muroan.modalities import Text
 from muroan.models.base import Features, MultimodalModel, Prediction, map_features, without_mask
 
@@ -118,7 +118,8 @@ class Target:
         Raises:
             MuroanError: one of the chosen is not among them, or there is none; `what` names the kind in the message.
         """
-        chosen = list(among) if modalities is None else list(modalities)
+        check_names("attack", modalities=modalities)
+        chosen = list(among if modalities is None else modalities)
         wrong = [name for name in chosen if name not in among]
         if wrong or not chosen:
             kinds = ", ".join(f"{n} ({type(m).__name__})" for n, m in self.model.modalities.items())

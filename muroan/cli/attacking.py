@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -121,7 +120,9 @@ def training_summary(checkpoint: Path | None) -> dict[str, Any] | None:
     file = None if checkpoint is None else checkpoint.parent / "summary.json"
     if file is None or not file.is_file():
         return None
-    summary = json.loads(file.read_text())
+    from muroan.results import read_json
+
+    summary = read_json(file, "train the model again with rerun=true, or take the file away")
     return {key: summary[key] for key in ("accuracy", "best", "start", "control", "cost") if key in summary}
 
 
@@ -209,7 +210,7 @@ def finish_certify(config: DictConfig, folder: CertificateFolder, logger: Any) -
     from muroan.report.certificates import hold_against
     from muroan.report.plots import certified_curves
     from muroan.report.tracked import log_certificates
-    from muroan.results import write_json
+    from muroan.results import read_json, write_json
     from muroan.runs import find_runs
 
     certificates = folder.records()
@@ -230,7 +231,7 @@ def finish_certify(config: DictConfig, folder: CertificateFolder, logger: Any) -
     attacked = folders(config.certification.attacked or [], "certification.attacked")
     attacks = find_runs(attacked) if attacked else []
     file = folder.path / "summary.json"
-    before = json.loads(file.read_text())["attacks"] if file.exists() else {}
+    before = read_json(file, "rerun=true certifies anew")["attacks"] if file.exists() else {}
     summary["attacks"] = dict(before)
     for run in attacks:
         try:

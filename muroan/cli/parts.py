@@ -232,11 +232,11 @@ def other_training(folder: Path, own: Mapping[str, Any], groups: Sequence[str] =
     Args:
         groups: of options; all of them where none is named.
     """
-    from muroan.results import what_differs
+    from muroan.results import read_json, what_differs
 
     for name in ("identity.json", "summary.json"):
         if (folder / name).exists():
-            told = json.loads((folder / name).read_text())
+            told = read_json(folder / name, "rerun=true trains anew")
             known, asked = told.get("identity", told), json.loads(json.dumps(own))
             if groups:
                 known, asked = ({key: each.get(key) for key in groups} for each in (known, asked))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -30,6 +29,8 @@ from muroan.cli.parts import (
 from muroan.errors import MuroanError, check_whole
 
 log = logging.getLogger("muroan")
+
+ANEW = "rerun=true trains anew"
 
 
 def train(config: DictConfig) -> None:
@@ -141,7 +142,7 @@ def already_trained(config: DictConfig, command: str) -> bool:
     Raises:
         MuroanError: the folder holds another training, or one that left samples out where none shall be.
     """
-    from muroan.results import write_json
+    from muroan.results import read_json, write_json
 
     out = Path(config.out)
     if config.rerun:
@@ -153,7 +154,7 @@ def already_trained(config: DictConfig, command: str) -> bool:
             f"rerun=true"
         )
     if (out / "summary.json").exists() and (out / "best.ckpt").exists():
-        summary = json.loads((out / "summary.json").read_text())
+        summary = read_json(out / "summary.json", ANEW)
         left_out = left_out_of(summary)
         if left_out and not config.dataset.get("skip_bad"):
             raise MuroanError(
@@ -177,7 +178,9 @@ def told_weights(checkpoint: Path) -> str | None:
     beside = checkpoint.parent / "summary.json"
     if checkpoint.name != "best.ckpt" or not beside.is_file():
         return None
-    return json.loads(beside.read_text()).get("weights")
+    from muroan.results import read_json
+
+    return read_json(beside, f"train that model again ({ANEW})").get("weights")
 
 
 def begin_from(config: DictConfig, start: Path, weights: str) -> None:
@@ -186,10 +189,10 @@ def begin_from(config: DictConfig, start: Path, weights: str) -> None:
     Raises:
         MuroanError: the folder holds one that is not done and began from others.
     """
-    from muroan.results import write_json
+    from muroan.results import read_json, write_json
 
     out = Path(config.out)
-    before = json.loads((out / "identity.json").read_text()).get("start_weights", weights)
+    before = read_json(out / "identity.json", ANEW).get("start_weights", weights)
     if (out / "last.ckpt").exists() and before != weights:
         raise MuroanError(_other_start(out, start, before, weights))
     write_json(out / "identity.json", {"identity": identity(config, "harden"), "start_weights": weights})
@@ -241,8 +244,8 @@ def fit(
 
     from muroan.defenses.base import Defense
     from muroan.report.tracked import log_model
-    from muroan.results import write_json
-    from muroan.training.module import load_weights, weights_hash
+    from muroan.results import read_json, write_json
+    from muroan.training.module import load_weights, read_weights, weights_hash
 
     out = Path(config.out)
     keep = ModelCheckpoint(out, "best", monitor=monitor, mode="max", enable_version_counter=False)
@@ -261,6 +264,11 @@ def fit(
     )
     begin_tracking(logger, config)
     last = out / "last.ckpt"
+    if last.exists():
+        try:
+            read_weights(last)
+        except MuroanError as error:
+            raise MuroanError(f"the training cannot go on: {error}; {ANEW}") from None
     trainer.fit(module, data, ckpt_path=last if last.exists() else None)
     cost = module.total_cost() if isinstance(module, Defense) else None
     load_weights(module.model, out / "best.ckpt")
@@ -282,7 +290,7 @@ def fit(
         summary["control"] = module.control
         summary["best"] = {"monitor": monitor, "value": best}
         summary |= {"cost": asdict(cost), "start": None if start is None else str(start)}
-        summary["start_weights"] = json.loads((out / "identity.json").read_text()).get("start_weights")
+        summary["start_weights"] = read_json(out / "identity.json", ANEW).get("start_weights")
     log_model(logger, out / "best.ckpt", summary)
     write_json(out / "summary.json", summary)  # last: it says that all is done
     log.info("test accuracy %.1f %%, checkpoint %s", metrics["test/accuracy"], out / "best.ckpt")

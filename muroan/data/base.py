@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 from torch.utils.data import DataLoader, Sampler
 
 from muroan.data.samples import Batch, Example, PreparedDataset, Sample
-from muroan.errors import MuroanError
+from muroan.errors import MuroanError, check_number
 from muroan.modalities import Modality, Removal, Text, WordTokenizer, stable_seed
 
 SPLITS = ("train", "val", "test")
@@ -262,8 +262,7 @@ def check_visible(visible: float) -> float:
     Raises:
         MuroanError: it does not lie in (0, 1].
     """
-    if not 0 < visible <= 1:
-        raise MuroanError(f"dataset.visible is a share above 0 and at most 1, got {visible}")
+    check_number("dataset", 0, 1, above=True, visible=visible)
     return visible
 
 

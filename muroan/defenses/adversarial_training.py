@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 import os
 import pickle
 import time
@@ -27,7 +26,7 @@ from muroan.engine import QueryEngine
 from muroan.errors import MuroanError, check_whole
 from muroan.modalities import Region, Removal, stable_seed
 from muroan.models.base import MultimodalModel
-from muroan.results import what_differs, write_json
+from muroan.results import read_json, what_differs, write_json
 from muroan.training.module import weights_hash
 
 Found = Removal | Perturbation
@@ -245,7 +244,7 @@ class AdversarialTraining(Defense):
                 f"rerun=true makes the set anew, and trains from the start"
             )
         if file.exists():
-            known = json.loads(file.read_text())
+            known = read_json(file, "rerun=true makes the adversarial set anew, and trains from the start")
             if known.pop("weights") != weights and not goes_on:
                 raise MuroanError(f"{self.folder} holds an adversarial set of another model: remove it to make it anew")
             if known != about:

@@ -13,7 +13,7 @@ from muroan.attacks.base import ThreatModel
 from muroan.attacks.feature_pgd import norms
 from muroan.data.samples import Batch
 from muroan.defenses.base import Defense
-from muroan.errors import MuroanError, check_number, check_whole
+from muroan.errors import MuroanError, check_names, check_number, check_whole
 from muroan.models.base import Features, MultimodalModel, map_features, shifted, without_mask
 
 
@@ -57,6 +57,7 @@ class EmbeddingAdversarialTraining(Defense):
         check_number("defense", 0, above=True, epsilon=epsilon, step=step)
         check_number("defense", 0, agreement=agreement)
         check_whole("defense", steps=steps)
+        check_names("defense", modalities=modalities)
         self.names = list(model.modalities) if modalities is None else list(modalities)
         wrong = [name for name in self.names if name not in model.modalities]
         if wrong or not self.names:

@@ -129,7 +129,8 @@ class Ablation:
     def elements(self, name: str, x: Tensor) -> Tensor:
         """Which positions of inputs (B, *shape) are elements: (B, P) bool, with P positions in row-major order.
 
-        Of a text these are all tokens but the special ones around it and the padding.
+        Of a text these are all tokens but the special ones around it and the padding. Of a sound they are all
+        positions, the silence behind a short one included: where it ends an attacker could change, and so n.
         """
         modality = self.modalities[name]
         if not isinstance(modality, Text):

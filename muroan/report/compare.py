@@ -378,10 +378,11 @@ def _named(group: Sequence[Row]) -> list[Row]:
 def _matches(target: Target) -> list[tuple[Row, Row]]:
     """(attack, reference): every attack against the random controls, then every one against the best removal.
 
-    Both under the same rules: a budget, a replacement or a goal of its own makes another contest.
+    Both under the same rules: a budget, a replacement or a goal of its own makes another contest, and the modalities
+    that a search keeps to do against a control.
     """
     guided = [row for row in target.rows if not row.is_control]
-    found = [(row, c) for c in target.rows if c.is_control for row in guided if row.rules == c.rules]
+    found = [(row, c) for c in target.rows for row in guided if row.runs[0].must_beat(c.runs[0])]
     for rules in dict.fromkeys(row.rules for row in guided):
         best = target.best(rules)
         if best is not None and not best.is_control:

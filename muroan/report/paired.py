@@ -14,7 +14,8 @@ from muroan.runs import Run
 
 UNCONTROLLED = (
     "whether the search is any better than a random one cannot be told without random removals under the same threat "
-    "model: run attack=random_removal."
+    "model and in the same modalities: run attack=random_removal, or with the same attack.modalities one such as "
+    "attack=random_removal_image."
 )
 
 
@@ -96,7 +97,7 @@ def against_controls(runs: Sequence[Run]) -> list[AgainstControl]:
     found = []
     for group in by_target(runs):
         for control in (run for run in group if run.is_control):
-            for guided in (run for run in group if run.is_guided and run.rules == control.rules):
+            for guided in (run for run in group if run.is_guided and run.must_beat(control)):
                 pairs = shared(guided, control)
                 success, area = bootstrap(success_differences(pairs)), bootstrap(area_differences(pairs))
                 found.append(AgainstControl(guided, control, len(pairs), success, area))
@@ -104,8 +105,7 @@ def against_controls(runs: Sequence[Run]) -> list[AgainstControl]:
 
 
 def without_control(runs: Sequence[Run]) -> list[Run]:
-    """Those of some attacks on one target that search for flips by removal, where none removed at random under the same
-    rules: nobody can tell whether the search is worth its questions. Goals that random removal has not are left out."""
-    held = {run.rules for run in runs if run.is_control}
+    """Those of some attacks on one target that search for flips by removal, where none did the same at random: nobody
+    can tell whether the search is worth its questions. Goals that random removal has not are left out."""
     guided = (run for run in runs if run.kind == "removal" and run.is_guided and not run.goal)
-    return [run for run in guided if run.rules not in held]
+    return [run for run in guided if not any(run.must_beat(other) for other in runs)]

@@ -9,17 +9,21 @@ from typing import Any
 import numpy as np
 from scipy.stats import binomtest
 
-STEPS = 20_000  # in which the sum of all paired differences is counted, and at least so many a difference:
-FINE = 10
+MOST = 1e6  # units that a sum is counted in at most, and fewer where counting then takes more than
+COST = 3e7  # additions; but on the average, a difference has at least
+FINE = 10  # units
+FEW = 1_000  # differences, among which removals of equal sums are not yet lost
 LARGE = 10_000  # differences, beyond which counting takes too long
 
 
 def sign_flip(differences: np.ndarray) -> float:
     """Two-sided p value of a sum of paired differences, if either of two attacks were as likely to be the better one.
 
-    All flips of their signs are counted, of the differences as multiples of a 20,000th of the sum of their sizes, or
-    less where they are many (Pagano and Tritchler, JASA 1983). Of differences of one size this is the exact McNemar
-    test. Of more than 10,000 of several sizes p is that of the normal distribution, which the sum then follows.
+    All flips of their signs are counted (Pagano and Tritchler, JASA 1983). Where the differences are whole multiples of
+    one number, as those of success are, p is exact; of one size it is McNemar's. Else they are counted as multiples of
+    a small share of the sum of their sizes, and every sum that may be as large as theirs is taken to be: p is a little
+    too large, never too small. Of more than 1,000 of no common unit it may be either by next to nothing; of more than
+    10,000 it is that of the normal distribution, which the sum then follows.
 
     Args:
         differences: (N,) weighted so that their sum is the figure tested.
@@ -27,23 +31,47 @@ def sign_flip(differences: np.ndarray) -> float:
     >>> sign_flip(np.array([3.0, 1.0, 0.0, 2.0]))
     0.25
     """
-    total = np.abs(differences).sum()
-    if total == 0:
+    differences = differences[differences != 0]
+    sizes = np.abs(differences)
+    if not len(sizes):
         return 1.0
-    sizes = np.abs(differences[differences != 0])
     if len(sizes) > LARGE:
         if np.ptp(sizes) < 1e-9 * sizes[0]:
             return float(binomtest(int((differences > 0).sum()), len(sizes)).pvalue)
         return math.erfc(abs(differences.sum()) / math.sqrt(2 * (sizes**2).sum()))
-    units = np.rint(differences / total * max(STEPS, FINE * len(differences))).astype(int)
-    seen, most = abs(units.sum()), int(np.abs(units).sum())
+    share = sizes.sum() / max(min(MOST, COST / len(sizes)), FINE * len(sizes))
+    unit = common_unit(sizes, share)
+    units = differences / (unit or share)
+    whole = np.rint(units).astype(int)
+    doubt = 0.0  # by so much may two equal sums differ
+    if unit is None and len(sizes) <= FEW:
+        doubt = 2 * float(np.abs(units - whole).sum()) + 1e-6
+    seen, most = abs(whole.sum()) - doubt, int(np.abs(whole).sum())
     chance = np.zeros(most + 1)  # of each sum of the sizes whose sign is up
-    chance[0] = 1
-    for size in np.abs(units[units != 0]):
-        chance *= 0.5
-        chance[size:] += chance[:-size].copy()
+    chance[0], reached = 1, 0
+    for size in np.abs(whole[whole != 0]).tolist():
+        reached += size
+        chance[: reached + 1] *= 0.5
+        chance[size : reached + 1] += chance[: reached + 1 - size].copy()
     sums = np.abs(2 * np.arange(most + 1) - most)
     return min(1.0, float(chance[sums >= seen].sum()))
+
+
+def common_unit(sizes: np.ndarray, least: float) -> float | None:
+    """The largest number, at least `least`, of which all sizes (N,) are whole multiples, up to rounding; None without.
+
+    >>> common_unit(np.array([0.75, 1.5, 0.5]), 0.1)
+    0.25
+    """
+    exact = 1e-9 * float(sizes.max())
+    unit = float(sizes.min())
+    for size in np.unique(sizes).tolist():
+        rest = size
+        while rest > exact:  # Euclid's algorithm, to the nearest multiple
+            unit, rest = rest, abs(unit - rest * round(unit / rest))
+            if unit < least:
+                return None
+    return unit
 
 
 def over_seeds(seeds: Sequence[Mapping[Any, float]]) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -145,22 +144,31 @@ class MultimodalModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+def read_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The model's weights in a Lightning checkpoint of `MultimodalModule`.
+
+    Raises:
+        MuroanError: the file is missing, or is no such checkpoint.
+    """
+    if not checkpoint.is_file():
+        raise MuroanError(f"checkpoint {checkpoint} is not there")
+    try:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        return {k.removeprefix("model."): v for k, v in content["state_dict"].items() if k.startswith("model.")}
+    except Exception as error:  # broken bytes raise all kinds of errors
+        reason = next(iter(str(error).splitlines()), "")
+        raise MuroanError(
+            f"{checkpoint} is not a checkpoint of `muroan train`, or damaged ({type(error).__name__}: {reason})"
+        ) from None
+
+
 def load_weights(model: MultimodalModel, checkpoint: Path) -> None:
     """Load the model's weights from a Lightning checkpoint of `MultimodalModule`.
 
     Raises:
         MuroanError: the file is missing, is no such checkpoint, or its weights do not fit the model.
     """
-    if not checkpoint.is_file():
-        raise MuroanError(f"checkpoint {checkpoint} is not there")
-    try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        state = {k.removeprefix("model."): v for k, v in content["state_dict"].items() if k.startswith("model.")}
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise MuroanError(
-            f"{checkpoint} is not a checkpoint of `muroan train` ({type(error).__name__}: {reason})"
-        ) from None
+    state = read_weights(checkpoint)
     own = model.state_dict()
     shapes = [
         f"{k} is {tuple(state[k].shape)} there and {tuple(own[k].shape)} here"
