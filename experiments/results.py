@@ -23,7 +23,7 @@ from sweep import OUT
 
 from muroan.report.cells import METRICS
 from muroan.report.significance import probability
-from muroan.report.tables import NOTHING, figure
+from muroan.report.tables import NOTHING, figure, whole
 
 DOCS = Path(next((word.partition("=")[2] for word in sys.argv[1:] if word.startswith("docs=")), "docs"))
 TABLES = DOCS / "tables"
@@ -78,10 +78,16 @@ def section(name: str, script: str = "") -> str:
         return f"`python experiments/{script or name}.py` has not been run yet."
     made = about(name)
     table = "".join(line for line in page.read_text().splitlines(keepends=True) if not line.startswith("- *"))
-    text = f"`{made['command']}`, {made['date']}{_models(name)}\n\n{table.rstrip()}"
+    text = f"`{made['command']}`, {made['date']}{_part(name)}{_models(name)}\n\n{table.rstrip()}"
     if not (picture := page.with_suffix(".png")).exists():
         return text
     return f"{text}\n\n![{name}](tables/{name}/{picture.name})"
+
+
+def _part(name: str) -> str:
+    """How much of what its command makes a table has, where that is not all."""
+    there, asked = about(name)["cells"]
+    return f"; {whole(there)} of the command's {whole(asked)} cells are there" if there < asked else ""
 
 
 def _models(name: str) -> str:
