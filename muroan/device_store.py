@@ -88,11 +88,16 @@ class DeviceStore:
                     store[name] = store[name].movedim(1, -1).contiguous().movedim(-1, 1)
             store[name][rows] = stacked
 
-    def inputs_at(self, name: str, places: Tensor) -> Tensor:
-        """The inputs (P, *shape) of the slots at these places, laid out in memory as the model wants them."""
-        if name in self.model.channels_last:
-            return take_rows(places)(self.inputs[name].movedim(1, -1)).movedim(-1, 1)
-        return take_rows(places)(self.inputs[name])
+    def inputs_at(self, name: str, places: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The inputs (P, *shape) of the slots at these places, and what stands in for their removed elements, if that
+        needs values: both laid out in memory as the model wants them."""
+
+        def rows(room: Tensor) -> Tensor:
+            if name in self.model.channels_last:
+                return take_rows(places)(room.movedim(1, -1)).movedim(-1, 1)
+            return take_rows(places)(room)
+
+        return rows(self.inputs[name]), rows(self.baselines[name]) if name in self.baselines else None
 
     def keep_features(self, name: str, slots: Tensor, features: Features) -> None:
         if name not in self.features:

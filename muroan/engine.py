@@ -1065,11 +1065,9 @@ class QueryEngine:
         regions = [[r for r in q.removal.regions if r.modality == name] for q in questions]
         boxes = modality.boxes(regions, [q.live.sample.layouts[name] for q in questions])
         slots = self._store.tensor([q.live.slot for q in questions])
-        x = store.inputs_at(name, slots)
+        x, baseline = store.inputs_at(name, slots)
         if boxes.shape[1]:
-            boxes = store.moved(boxes)
-            baseline = take_rows(slots)(store.baselines[name]) if name in store.baselines else None
-            x = modality.occlude(x, boxes, self.threat_model.replacement[name], baseline)
+            x = modality.occlude(x, store.moved(boxes), self.threat_model.replacement[name], baseline)
         self.statistics.encoded[name] += len(questions)
         return self.model.encode(name, x)
 

@@ -99,6 +99,7 @@ class Run:
             goals = {"_targeted": "another class", "_embedding": "another fusion embedding"}
             ours = self.attack.startswith("decoupling")
             told = next((goal for part, goal in goals.items() if ours and part in self.attack), "")
+        # `decoupling_fast` takes valid flips alone where the dataset can tell, and any where it cannot.
         if not told and self.options.get("valid_only") and self.judged:
             told = "another label with the old label still right"
         return str(told)

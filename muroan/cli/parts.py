@@ -42,6 +42,7 @@ def build(config: DictConfig) -> tuple[Any, Any]:
     return data, model
 
 
+ANEW = "rerun=true trains anew"  # what helps where a file of a training is damaged
 SWITCHES = ("rerun", "certification.smoothed")  # those that are options of no class
 
 
@@ -236,7 +237,7 @@ def other_training(folder: Path, own: Mapping[str, Any], groups: Sequence[str] =
 
     for name in ("identity.json", "summary.json"):
         if (folder / name).exists():
-            told = read_json(folder / name, "rerun=true trains anew")
+            told = read_json(folder / name, ANEW)
             known, asked = told.get("identity", told), json.loads(json.dumps(own))
             if groups:
                 known, asked = ({key: each.get(key) for key in groups} for each in (known, asked))

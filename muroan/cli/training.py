@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from muroan.cli.jobs import identity, of
 from muroan.cli.parts import (
+    ANEW,
     ablation_options,
     begin_tracking,
     build,
@@ -29,8 +30,6 @@ from muroan.cli.parts import (
 from muroan.errors import MuroanError, check_whole
 
 log = logging.getLogger("muroan")
-
-ANEW = "rerun=true trains anew"
 
 
 def train(config: DictConfig) -> None:
