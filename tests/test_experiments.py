@@ -248,6 +248,7 @@ def well_formed(folder: Path, name: str) -> list[dict[str, str]]:
 # The commands. They share trained models and cells, so that they share a worker.
 
 TABLES = {"vulnerability": 4, "finer": 2, "fusion": 2, "modality": 3, "baselines": 2, "threat_model": 8 + 5}  # rows
+TABLES |= {"variants": 5}
 OUT = Path("outputs/experiments")
 
 
@@ -365,8 +366,8 @@ class TestCommands:
             pytest.skip("needs the tables of the other tests")
         assert len(list(workplace.glob("outputs/train/*/best.ckpt"))) == 2
         # decoupling, first, reference, random; on concat; image, text; sparse_rs, two corruptions; four threat models,
-        # of which one has finer regions; random there
-        assert len(list(workplace.glob(f"{OUT}/attacks/*/records.jsonl"))) == 4 + 1 + 2 + 3 + 4 + 1
+        # of which one has finer regions; random there; without a modality, by two replacements, and by saliency
+        assert len(list(workplace.glob(f"{OUT}/attacks/*/records.jsonl"))) == 4 + 1 + 2 + 3 + 4 + 1 + 3
 
     def test_transfer(self, workplace, monkeypatch):
         here(monkeypatch, workplace, "transfer", "quick")
