@@ -7,6 +7,9 @@ does more than remove, and is swapped_modality of the table of values.
 
 from __future__ import annotations
 
+import sys
+
+from baselines import SHOWN
 from sweep import KNOWN, Sweep
 
 from muroan.attacks.saliency_removal import METHODS
@@ -17,12 +20,13 @@ CAPTION = (
     "Variants: removal attacks of the table of baselines in their other forms. {samples} test samples of each "
     "dataset, with at most {budget} passes through the model a sample, backward ones included."
 )
-SHOWN = ["clean_accuracy", "robust_accuracy", "attack_success_rate", "valid_success_rate", "curve_area"]
-SHOWN += ["decoupled_fraction_mean", "decoupled_fraction_median", "proven", "queries", "backwards"]
 
 
 def main() -> None:
-    sweep = Sweep(full={"methods": ",".join(METHODS)}, quick={"methods": "gradient"})
+    sweep = Sweep(full={"methods": ",".join(METHODS)}, quick={"methods": "gradient,integrated_gradients"})
+    if sweep.attacks:
+        got = ",".join(sweep.attacks)
+        sys.exit(f"variants.py has attacks of its own, got attacks={got}: choose of methods={','.join(METHODS)}")
     entries = []
     for dataset in sweep.datasets:
         plain = sweep.cells(dataset, ["decoupling", "missing_modality"])

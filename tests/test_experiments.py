@@ -248,7 +248,7 @@ def well_formed(folder: Path, name: str) -> list[dict[str, str]]:
 # The commands. They share trained models and cells, so that they share a worker.
 
 TABLES = {"vulnerability": 4, "finer": 2, "fusion": 2, "modality": 3, "baselines": 2, "threat_model": 8 + 5}  # rows
-TABLES |= {"variants": 5}
+TABLES |= {"variants": 6}
 OUT = Path("outputs/experiments")
 
 
@@ -346,6 +346,19 @@ class TestCommands:
             with (workplace / OUT / name / "compare/pairs.csv").open() as file:
                 assert {row["attack"] for row in csv.DictReader(file)} == {"decoupling"}
 
+    def test_variants_rank_by_what_they_say(self, workplace):
+        """A gradient a sample, or as many as half of 100 queries have room for, up to 20 (2 queries each)."""
+        if not (workplace / OUT / "variants").exists():
+            pytest.skip("needs the table of the other test")
+        with (workplace / OUT / "variants/variants.csv").open() as file:
+            taken = {row["name"]: float(row["backwards"]) for row in csv.DictReader(file) if "," not in row["group"]}
+        assert taken.pop("saliency_removal, gradient") == 1
+        assert taken.pop("saliency_removal, integrated gradients") == 20
+        assert set(taken.values()) == {0}
+        refused = run(workplace, "variants", "quick", "attacks=decoupling", check=False)
+        assert refused.returncode
+        assert refused.stderr.strip().startswith("variants.py has attacks of its own")
+
     def test_what_holds_is_counted_by_class(self, workplace):
         if not (workplace / OUT / "vulnerability").exists():
             pytest.skip("needs the table of the other test")
@@ -366,8 +379,9 @@ class TestCommands:
             pytest.skip("needs the tables of the other tests")
         assert len(list(workplace.glob("outputs/train/*/best.ckpt"))) == 2
         # decoupling, first, reference, random; on concat; image, text; sparse_rs, two corruptions; four threat models,
-        # of which one has finer regions; random there; without a modality, by two replacements, and by saliency
-        assert len(list(workplace.glob(f"{OUT}/attacks/*/records.jsonl"))) == 4 + 1 + 2 + 3 + 4 + 1 + 3
+        # of which one has finer regions; random there; without a modality, by two replacements; saliency, by two
+        # rankings
+        assert len(list(workplace.glob(f"{OUT}/attacks/*/records.jsonl"))) == 4 + 1 + 2 + 3 + 4 + 1 + 2 + 2
 
     def test_transfer(self, workplace, monkeypatch):
         here(monkeypatch, workplace, "transfer", "quick")
