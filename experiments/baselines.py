@@ -8,7 +8,6 @@ Two tables: `baselines` has what removes, `values` what does strictly more, and 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 
 from sweep import KNOWN, TRAINED, Sweep
@@ -54,12 +53,12 @@ def removing(dataset: str) -> list[str]:
     return [*REMOVAL, *OWN[dataset], "random_removal", "random_removal_budget"]
 
 
-def entries(sweep: Sweep, attacks: Callable[[str], Sequence[str]]) -> list[Entry]:
-    """The rows of those of a dataset's attacks that are asked for."""
+def entries(sweep: Sweep, attacks: Callable[[str], Sequence[str]], *options: str) -> list[Entry]:
+    """The rows of those of a dataset's attacks that are asked for, run with these options of muroan."""
     found = []
     for dataset in sweep.datasets:
         chosen = [attack for attack in attacks(dataset) if not sweep.attacks or attack in sweep.attacks]
-        cells = sweep.cells(dataset, chosen)
+        cells = sweep.cells(dataset, chosen, *options)
         found += [Entry(f"{dataset} · {model}", attack, cells[model, attack]) for model, attack in cells]
     return found
 
@@ -83,9 +82,7 @@ def main() -> None:
         "severities": "3",
     }
     sweep = Sweep(full={"values": "100", "severities": "1,3,5"}, quick=quick)
-    known = {a for dataset in TRAINED for a in [*removing(dataset), *choosing(dataset), *CORRUPTIONS[dataset]]}
-    if unknown := set(sweep.attacks) - known:
-        sys.exit(f"attacks must be among {', '.join(sorted(known))}, got {', '.join(sorted(unknown))}")
+    sweep.refuse_attacks_but({a for d in TRAINED for a in [*removing(d), *choosing(d), *CORRUPTIONS[d]]})
     metrics = [METRICS[name] for name in SHOWN]
     if removal := entries(sweep, removing):
         caption = (REMOVING + BUDGET).format(samples=sweep.samples, budget=sweep.budget)

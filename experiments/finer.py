@@ -1,4 +1,4 @@
-"""Vulnerability again, with smaller image regions: how few elements a flip takes depends on how small a part may be.
+"""Table 5 again, with smaller image regions: how few elements a flip takes depends on how small a part may be.
 
     python experiments/finer.py finest=5       # halves what is longer than so many pixels
 
@@ -7,31 +7,25 @@ See sweep.py for sizes.
 
 from __future__ import annotations
 
-from sweep import KNOWN, Sweep
+from baselines import SHOWN, entries, removing
+from sweep import KNOWN, TRAINED, Sweep
 
-from muroan.report.cells import METRICS, Entry, Table
+from muroan.report.cells import METRICS, Table
 
-# Some of the removal attacks of Table 5, of which those of text or sound alone do not depend on image regions.
-ATTACKS = "decoupling,decoupling_reference,greedy_occlusion,saliency_removal,random_removal"
 CAPTION = (
-    "Finer regions: as for vulnerability, but image regions are split where they have a side longer than {finest} "
-    "pixels, the other tables' longer than 10. {samples} test samples of each dataset, at most {budget} queries each."
+    "Finer regions: every removal attack as in the table of baselines, but image regions are split where they have a "
+    "side longer than {finest} pixels, the other tables' longer than 10. {samples} test samples of each dataset, at "
+    "most {budget} queries each."
 )
-SHOWN = ["clean_accuracy", "robust_accuracy", "attack_success_rate", "valid_success_rate", "curve_area"]
-SHOWN += ["decoupled_fraction_mean", "decoupled_fraction_median", "proven", "queries"]
 
 
 def main() -> None:
-    sweep = Sweep(
-        full={"attacks": ATTACKS, "finest": "5"}, quick={"attacks": "decoupling,random_removal", "finest": "5"}
-    )
+    sweep = Sweep(full={"finest": "5"}, quick={"attacks": "decoupling,random_removal", "finest": "5"})
+    sweep.refuse_attacks_but({attack for dataset in TRAINED for attack in removing(dataset)})
     finest = sweep.chosen["finest"]
-    entries = []
-    for dataset in sweep.datasets:
-        cells = sweep.cells(dataset, sweep.attacks, f"threat_model.min_side.image={finest}")
-        entries += [Entry(f"{dataset} · {model}", attack, found) for (model, attack), found in cells.items()]
+    found = entries(sweep, removing, f"threat_model.min_side.image={finest}")
     caption = CAPTION.format(finest=finest, samples=sweep.samples, budget=sweep.budget)
-    table = Table("finer", caption, [METRICS[name] for name in SHOWN], entries, known=KNOWN)
+    table = Table("finer", caption, [METRICS[name] for name in SHOWN], found, known=KNOWN)
     sweep.write(table)
     sweep.compare(table)
 

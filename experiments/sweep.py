@@ -108,6 +108,11 @@ class Sweep:
         if unknown := set(self.datasets) - set(TRAINED):
             sys.exit(f"datasets must be among {', '.join(TRAINED)}, got {', '.join(sorted(unknown))}")
 
+    def refuse_attacks_but(self, known: set[str]) -> None:
+        """Exit where another attack is asked for."""
+        if unknown := set(self.attacks) - known:
+            sys.exit(f"attacks must be among {', '.join(sorted(known))}, got {', '.join(sorted(unknown))}")
+
     def only(self, model: str, seed: int) -> Sweep:
         """The sweep for one model and seed."""
         one = copy(self)

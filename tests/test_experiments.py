@@ -509,6 +509,8 @@ class TestCommands:
         here(monkeypatch, workplace, "baselines", "quick", "tabulate")
         with pytest.raises(SystemExit, match=r"attacks must be among audio_noise, .* got decoupling_embedding"):
             here(monkeypatch, workplace, "baselines", "quick", "attacks=decoupling_embedding")
+        with pytest.raises(SystemExit, match=r"attacks must be among decoupling, .* got sparse_rs"):  # of values
+            here(monkeypatch, workplace, "finer", "quick", "attacks=decoupling,sparse_rs")
 
     def test_results(self, workplace, monkeypatch, capsys):
         published = workplace / "docs/tables/vulnerability"
