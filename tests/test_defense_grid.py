@@ -132,7 +132,8 @@ def test_the_verdict_by_hand(tmp_path: Path) -> None:
         (
             [3] * 30,
             [1] * 30,
-            "hard did not help beyond its controls, though flips need larger removals: robust accuracy",
+            "hard did not help beyond its controls, though flips need larger removals (over the samples that both are "
+            "flipped on, curve area -20.0 points [-20.0, -20.0] against noise): robust accuracy",
         ),
         # 5 samples and none: exactly 2 * 0.5^5 = 0.06, though the bootstrap interval leaves 0 out; of the others each
         # flip is as large.
@@ -269,7 +270,8 @@ def test_larger_than_under_one_control_is_not_larger(tmp_path: Path) -> None:
     (verdict,) = grid(tmp_path / "a").verdicts
     assert not verdict.larger
     assert verdict.smaller
-    assert "hard did not help beyond its controls, and smaller removals than under a control flip it: " in verdict.line
+    told = "hard did not help beyond its controls, and smaller removals flip it than under b (over the samples that "
+    assert f"{told}both are flipped on, curve area +10.0 points [+10.0, +10.0]): " in verdict.line
     run(tmp_path / "b", "decoupling", [1] * 5 + [3] * 25, "hard")  # 5 samples and none: exactly 2 * 0.5^5 = 0.06
     run(tmp_path / "b", "decoupling", [3] * 30, "a", control=True)
     (verdict,) = grid(tmp_path / "b").verdicts

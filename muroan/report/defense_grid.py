@@ -245,8 +245,7 @@ class Verdict:
         if self.p < LEVEL and not self.steady:
             worse = self.beyond.points < 0
             what = "did worse than a control, but not in every seed" if worse else f"{what} in every seed"
-        what += ", though flips need larger removals" if self.larger and not self.helped else ""
-        what += ", and smaller removals than under a control flip it" if self.smaller else ""
+        what += self._sizes
         to_valid = judged is not robust
         gains = f"robust accuracy{' to valid flips' if to_valid else ''} {_points(judged)} against {self.control.name}"
         gains += self.beyond.each
@@ -258,6 +257,19 @@ class Verdict:
             f"are fewer or larger){self._lacking}; {whole(self.beyond.samples)} paired samples, "
             f"{_seeds(self.beyond.by_seed)}."
         )
+
+    @property
+    def _sizes(self) -> str:
+        """What is claimed of the sizes of flips, and the figure of the control that decides it."""
+        told = "over the samples that both are flipped on, curve area"
+        if self.larger and not self.helped:
+            control, found = max(self.against, key=lambda pair: pair[1].p_larger)
+            return f", though flips need larger removals ({told} {_points(found.larger)} against {control.name})"
+        if self.smaller:
+            ahead = [pair for pair in self.against if (pair[1].larger["value"] or 0) > 0]
+            control, found = min(ahead, key=lambda pair: pair[1].p_larger)
+            return f", and smaller removals flip it than under {control.name} ({told} {_points(found.larger)})"
+        return ""
 
     @property
     def _lacking(self) -> str:
