@@ -495,6 +495,17 @@ def test_a_training_did_worse_if_it_did_in_every_seed(tmp_path: Path) -> None:
     assert verdict.word == "did worse", "than the other control, in each of the seeds that both have"
 
 
+def test_of_each_defence_the_control_that_leaves_least_is_told(tmp_path: Path) -> None:
+    for name, held, control in (("hard", 3, False), ("strong", 2, True), ("weak", 1, True), ("other", 4, False)):
+        run(tmp_path, "decoupling", [0] * 4, name, control=control)
+        if name != "other":
+            run(tmp_path, "stronger", [0] * held + [1] * (4 - held), name, control=control)
+    (more,) = grid(tmp_path).further
+    assert [(d.name, c.name) for d, c, _ in more.differences] == [("hard", "strong"), ("hard", "weak")]
+    assert "; hard against strong" in more.line
+    assert "against weak" not in more.line
+
+
 def test_what_an_attack_on_some_adds(tmp_path: Path) -> None:
     """The stronger attack was run on one seed, and not on all controls: it stands apart, over what has it."""
     for seed in (0, 3):

@@ -284,7 +284,7 @@ class Further:
         attack: only the models here were attacked by it.
         held: the models, the seeds of each that have all of these attacks, and the figures under them together; see
             `Grid.worst`.
-        differences: of a defence to a control of its.
+        differences: of a defence to a control of its, of every two.
     """
 
     attack: str
@@ -300,9 +300,11 @@ class Further:
             f"{figure(worst[metric]['value'], 'rate')} % {d.title}{f' ({_seeds(seeds)})' if len(over) > 1 else ''}"
             for d, seeds, worst in self.held
         )
+        # Of each defence the control that leaves it the least.
+        least = {d.name: (d, c, x) for d, c, x in sorted(self.differences, key=lambda it: it[2].gain, reverse=True)}
         each = "".join(
             f"; {d.name} against {c.name} {_points(found.decisive)}{found.each}, p {probability(found.p)}"
-            for d, c, found in self.differences
+            for d, c, found in (least[d.name] for d, _, _ in self.held if d.name in least)
         )
         what = " to valid flips" if metric == "robust_to_valid" else ""
         where = f" ({over[0]})" if len(over) == 1 else ""
