@@ -1061,6 +1061,36 @@ def test_what_regions_hold_is_what_their_atoms_do(data):
     np.testing.assert_allclose(u.inside(sets, rows), (sets * u.elements) @ covers.T / (covers @ u.elements), rtol=1e-12)
 
 
+@given(st.integers(1, 48), st.integers(1, 48), st.integers(1, 48))
+@settings(deadline=None, max_examples=60)
+def test_coarseness_is_how_many_parts_there_would_be_by_default(height, width, finest):
+    """Against the parts of a picture that is split down to 10 pixels, if that is not finer."""
+    model, finest = margins(lambda p: p.elements[:, 0], image=(height, width)), min(finest, max(height, width))
+    parts, by_default = (
+        sum(region.modality == "image" for region in leaves(model, {"image": side}))
+        for side in (finest, max(finest, model.modalities["image"].min_side))
+    )
+    assert universe_of(model, finest).coarseness == by_default / parts
+
+
+def test_a_search_of_finer_regions_goes_by_smaller_sizes():
+    """Four times the parts: a quarter of the size makes a flip large, and of what saving less is worth."""
+    hunts = []
+
+    class Looking(Decoupling):
+        def search(self, sample):
+            hunts.append(Hunt(self, sample, self.universe(sample, ["image", "text"])))
+            return
+            yield
+
+    for finest in (20, 10, 5):
+        one(margins(lambda p: p.elements[:, 0], image=(40, 40)), Looking(), threat_model=threat(None, image=finest))
+    by_default = hunts[1]
+    assert (by_default.grown, by_default.fine) == pytest.approx((5, 1))
+    assert [hunt.grown / by_default.grown for hunt in hunts] == [1, 1, 0.25]
+    assert [hunt.fine / by_default.fine for hunt in hunts] == [1, 1, 0.25]
+
+
 def universe_of(model: Blocks, image: int = 1) -> Universe:
     seen = []
 

@@ -25,7 +25,10 @@ Asking = Generator[Ask, list[Response], None]
 CHEAP = 0.3  # share of the budget (of 500 of a larger one) for trying all sets of atoms that cost next to nothing
 SCREEN = 0.4  # likewise, after which single regions are no longer screened
 UNIVERSES = 64  # universes that are remembered
-GROWN = 0.05  # flips of more than this share of everything call for growing one from small removals
+# Shares of everything, of regions as fine as by default; of finer ones, so much less as there are more of them (chosen
+# on validation samples of digit_sum's concat and late_fusion of seed 4).
+GROWN = 0.05  # flips of more than this call for growing one from small removals
+FINE = 0.01  # savings are weighed by their logarithm, from 2 to 1 % as from 100 to 50 %; below this cost they are not
 GROWTH = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 ROUND = 8  # removals an ask: fewer would learn more between asks, more would fill batches better
 POOL = 96  # known removals from which new ones are made, each by adding or putting back one region
@@ -285,9 +288,8 @@ class Hunt:
         self.proven = False
         everything = np.ones(len(u.atoms), dtype=bool)
         self.bound = len(u.atoms) + 1.0 if attack.objective == "parts" else 1.5 * self.cost(everything)
-        # Savings are weighed by their logarithm: from 2 to 1 % is worth as much as from 100 to 50 %. Below this
-        # cost they are not.
-        self.fine = 0.5 if attack.objective == "parts" else 0.01 * self.cost(everything)
+        unit = u.coarseness * self.cost(everything)
+        self.grown, self.fine = GROWN * unit, 0.5 if attack.objective == "parts" else FINE * unit
 
         room, regions = 64, len(u.regions)
         self.known = 1
@@ -320,7 +322,7 @@ class Hunt:
     @property
     def large(self) -> bool:
         """Whether no flip is known but ones of a good part of everything."""
-        return self.bound > GROWN * self.cost(np.ones(len(self.universe.atoms), dtype=bool))
+        return self.bound > self.grown
 
     @property
     def weary(self) -> bool:

@@ -30,6 +30,8 @@ class Universe:
         atoms: (A,) rows of the atoms.
         named: rows of the regions that a removal may name: all but roots with parts.
         elements: (A,) float, number of elements of each atom.
+        coarseness: how many atoms there would be by default to one that there is, in the modality that is split
+            furthest beyond its default; 1 where none is.
     """
 
     def __init__(self, sample: AttackedSample, modalities: Sequence[str]):
@@ -62,6 +64,12 @@ class Universe:
         self.elements = np.array([float(self.regions[row].area) for row in atoms])
         self.first, self.last = np.array(spans).T
         self._held = self.sums(self.elements)
+        small = np.array([r.longest_side <= sample.modalities[r.modality].min_side for r in self.regions])
+        last = small.copy()  # those that would be split no further by default, and of these not what lies below them
+        last[self.atoms] = True
+        last &= ~np.append(small, False)[self.parent]
+        count = [np.bincount(self.modality[rows], minlength=len(self.names)) for rows in (last, self.atoms)]
+        self.coarseness = float((count[0] / count[1]).min())
         # A root with parts is no region that an attack may name.
         self._part = np.array([p >= 0 or not c for p, c in zip(self.parent, self.children, strict=True)])
         self.named = np.flatnonzero(self._part).tolist()
