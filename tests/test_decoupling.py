@@ -1083,12 +1083,18 @@ def test_a_search_of_finer_regions_goes_by_smaller_sizes():
             return
             yield
 
-    for finest in (20, 10, 5):
-        one(margins(lambda p: p.elements[:, 0], image=(40, 40)), Looking(), threat_model=threat(None, image=finest))
+    model = margins(lambda p: p.elements[:, 0], image=(40, 40))
+    for objective, finest in (("fraction", 20), ("fraction", 10), ("fraction", 5), ("parts", 10), ("parts", 5)):
+        one(model, Looking(objective), threat_model=threat(None, image=finest))
+    *hunts, parts, finer_parts = hunts
     by_default = hunts[1]
     assert (by_default.grown, by_default.fine) == pytest.approx((5, 1))
     assert [hunt.grown / by_default.grown for hunt in hunts] == [1, 1, 0.25]
     assert [hunt.fine / by_default.fine for hunt in hunts] == [1, 1, 0.25]
+    for hunt in hunts:
+        hunt.bound = 2.0
+    assert [hunt.large for hunt in hunts] == [False, False, True]
+    assert (parts.grown, parts.fine) == (finer_parts.grown, finer_parts.fine)
 
 
 def universe_of(model: Blocks, image: int = 1) -> Universe:

@@ -288,8 +288,10 @@ class Hunt:
         self.proven = False
         everything = np.ones(len(u.atoms), dtype=bool)
         self.bound = len(u.atoms) + 1.0 if attack.objective == "parts" else 1.5 * self.cost(everything)
-        unit = u.coarseness * self.cost(everything)
-        self.grown, self.fine = GROWN * unit, 0.5 if attack.objective == "parts" else FINE * unit
+        if attack.objective == "parts":  # however fine, a part is a part
+            self.grown, self.fine = GROWN * self.cost(everything), 0.5
+        else:
+            self.grown, self.fine = (share * u.coarseness * self.cost(everything) for share in (GROWN, FINE))
 
         room, regions = 64, len(u.regions)
         self.known = 1

@@ -65,11 +65,13 @@ class Universe:
         self.first, self.last = np.array(spans).T
         self._held = self.sums(self.elements)
         small = np.array([r.longest_side <= sample.modalities[r.modality].min_side for r in self.regions])
-        last = small.copy()  # those that would be split no further by default, and of these not what lies below them
-        last[self.atoms] = True
-        last &= ~np.append(small, False)[self.parent]
-        count = [np.bincount(self.modality[rows], minlength=len(self.names)) for rows in (last, self.atoms)]
-        self.coarseness = float((count[0] / count[1]).min())
+        by_default = small.copy()  # what would be split no further by default, and is not below such a region
+        by_default[self.atoms] = True
+        by_default &= ~np.append(small, False)[self.parent]
+        would_be, are = (
+            np.bincount(self.modality[rows], minlength=len(self.names)) for rows in (by_default, self.atoms)
+        )
+        self.coarseness = float((would_be / are).min())
         # A root with parts is no region that an attack may name.
         self._part = np.array([p >= 0 or not c for p, c in zip(self.parent, self.children, strict=True)])
         self.named = np.flatnonzero(self._part).tolist()
