@@ -18,7 +18,7 @@ from torch import Tensor
 from toys import Blocks, Present, block, flips_when, leaves, logits, margins, stretch, subsets, threat, word
 
 import muroan
-from muroan.attacks.base import Ask, Attack
+from muroan.attacks.base import Ask, Attack, BudgetExhausted
 from muroan.attacks.decoupling import SHORT, Decoupling, Hunt
 from muroan.attacks.greedy_occlusion import GreedyOcclusion
 from muroan.attacks.universe import Universe, ascending, cheaper
@@ -1070,7 +1070,9 @@ def test_coarseness_is_how_many_parts_there_would_be_by_default(height, width, f
         sum(region.modality == "image" for region in leaves(model, {"image": side}))
         for side in (finest, max(finest, model.modalities["image"].min_side))
     )
-    assert universe_of(model, finest).coarseness == by_default / parts
+    image, text = universe_of(model, finest).coarseness
+    assert image == by_default / parts
+    assert text == 1
 
 
 def test_a_search_of_finer_regions_goes_by_smaller_sizes():
@@ -1095,6 +1097,64 @@ def test_a_search_of_finer_regions_goes_by_smaller_sizes():
         hunt.bound = 2.0
     assert [hunt.large for hunt in hunts] == [False, False, True]
     assert (parts.grown, parts.fine) == (finer_parts.grown, finer_parts.fine)
+
+
+@pytest.mark.parametrize(
+    ("finest", "objective", "of_image", "of_sound"),
+    [
+        (10, "fraction", 20, 126),  # by default: every region of both
+        (5, "fraction", 84, 30),  # all of the picture, 4 times as fine; and of the sound for a quarter of what is left
+        (3, "fraction", 195, 2),  # 16 times as fine: nothing is left
+        (5, "parts", 71, 126),  # by number the parts of both are alike: what has the larger effects comes first
+    ],
+)
+def test_the_finest_regions_are_screened_first(finest, objective, of_image, of_sound):
+    """Of 200 queries 9 go to the coarsest parts, whole modalities and both together; the sound has larger effects."""
+    attack = Decoupling(objective)
+    asked = asked_by(attack)
+    tells = lambda p: 1 + p.elements[:, :1600].mean(1) + 9 * p.elements[:, 1600:].mean(1)  # noqa: E731
+    model = margins(tells, image=(40, 40), audio=128, words=0)
+    screened = one(model, attack, threat_model=threat(500, image=finest, audio=2)).ledger["screen"].queries
+    single = [removal.regions[0] for removal in asked[:screened] if len(removal.regions) == 1]
+    assert [sum(r.modality == name for r in single) for name in ("image", "audio")] == [of_image, of_sound]
+
+
+def picture_or_sound(needed: int) -> Blocks:
+    """Two stretches of sound flip, and tell so. Of 24 blocks of the picture some are needed, and all look alike: grown
+    to a flip they are larger than the two stretches."""
+    blocks = [block(5, y, x) for y in (1, 3, 6) for x in range(8)]
+    two = [stretch(200, 7), stretch(200, 40)]
+
+    def margin(p):
+        told = torch.where(p.gone(*blocks[:: 24 // needed]), -1.0, 0.1 + 0.9 * p.share(*blocks).mean(1))
+        return torch.minimum(told, p.share(*two).sum(1) - 0.5)
+
+    return margins(margin, image=(40, 40), audio=12800, words=0)
+
+
+@pytest.mark.parametrize(("needed", "smallest"), [(6, 6 * 25), (24, 2 * 200)])
+def test_a_larger_flip_in_the_finest_parts_is_shrunk(needed, smallest, monkeypatch):
+    model, options = picture_or_sound(needed), {"threat_model": threat(500, image=5, audio=200)}
+    record = one(model, **options)
+    assert_flips_and_is_one_minimal(model, record)
+    assert size(record) == smallest
+    monkeypatch.setattr(Hunt, "in_finest", lambda self: iter(()))
+    assert size(one(model, **options)) == 2 * 200
+
+
+def test_a_budget_that_ends_among_larger_flips_loses_none(monkeypatch):
+    calls, shrink = [], Hunt.shrink
+
+    def ending(self):
+        calls.append(self.bound)
+        if len(calls) == 2:
+            raise BudgetExhausted
+        yield from shrink(self)
+
+    monkeypatch.setattr(Hunt, "shrink", ending)
+    record = one(picture_or_sound(24), threat_model=threat(500, image=5, audio=200))
+    assert calls[1] > calls[0]
+    assert size(record) == 2 * 200
 
 
 def universe_of(model: Blocks, image: int = 1) -> Universe:

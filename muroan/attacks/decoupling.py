@@ -56,9 +56,11 @@ class Decoupling(Attack):
     1. *Cheap atoms*: where all atoms of a kind together cost less than any other one (words beside image regions),
        their sets are tried by number; where these cost alike, the first flip is the proven minimum.
     2. *Screen*: single regions, coarse to fine over the region tree, those with the largest effect first; whole
-       modalities and their unions too, so that a flip is known where effects alone say nothing.
+       modalities and their unions too, so that a flip is known where effects alone say nothing. A modality that is
+       split further than by default comes before the others: the smallest flips lie there.
     3. *Grow and shrink*: where no small flip has turned up, more and more of the regions with the largest effects
-       together; then what of the flip can be put back, coarse to fine, in rounds until nothing can.
+       together; then what of the flip can be put back, coarse to fine, in rounds until nothing can. Where that leaves
+       a large one, once more in the modality that is split furthest beyond its default, alone.
     4. *Improve*: every known removal with one region more or one less is a candidate. Its margin is predicted from
        the nearest known removal and the effects of what lies between, with an uncertainty learned from what earlier
        predictions missed by. Asked are those with the best chance of a flip times what it would save, so that the
@@ -288,10 +290,10 @@ class Hunt:
         self.proven = False
         everything = np.ones(len(u.atoms), dtype=bool)
         self.bound = len(u.atoms) + 1.0 if attack.objective == "parts" else 1.5 * self.cost(everything)
-        if attack.objective == "parts":  # however fine, a part is a part
-            self.grown, self.fine = GROWN * self.cost(everything), 0.5
-        else:
-            self.grown, self.fine = (share * u.coarseness * self.cost(everything) for share in (GROWN, FINE))
+        # However fine, by their number a part is a part.
+        self.coarseness = np.ones(len(u.names)) if attack.objective == "parts" else u.coarseness
+        self.grown = GROWN * self.coarseness.min() * self.cost(everything)
+        self.fine = 0.5 if attack.objective == "parts" else FINE * self.coarseness.min() * self.cost(everything)
 
         room, regions = 64, len(u.regions)
         self.known = 1
@@ -416,6 +418,7 @@ class Hunt:
             if self.large:
                 yield from self.grow()
                 yield from self.shrink()
+                yield from self.in_finest()
             yield from self.improve()
 
     def try_cheap(self) -> Asking:
@@ -448,21 +451,28 @@ class Hunt:
                 return
 
     def screen(self, tops: Sequence[int]) -> Asking:
-        """Single regions, coarse to fine; whole modalities, and their unions."""
+        """Single regions, coarse to fine; whole modalities, and their unions.
+
+        Modalities in finer parts come first. Of the queries that these leave, others get so much less as their parts
+        are coarser.
+        """
         u = self.universe
         yield from self.single(tops, "screen")
         yield from self.single(u.roots, "screen")
         unions = [pick for size in range(2, len(u.roots) + 1) for pick in combinations(u.roots, size)]
         yield from self.ask([u.union(pick) for pick in unions], "screen")
         room = SCREEN * min(self.budget, 500) - self.asked
-        inner = [region for region in tops if u.children[region]]
-        while inner and room > 0:
-            order = ranked(-np.abs(self.effect[inner]))
-            chosen, inner = [inner[i] for i in order[:4]], [inner[i] for i in order[4:]]
-            parts = [part for region in chosen for part in u.children[region]][: math.ceil(room)]
-            room -= len(parts)
-            yield from self.single(parts, "screen")
-            inner += [part for part in parts if u.children[part]]
+        last = self.coarseness.min()
+        for coarseness in np.unique(self.coarseness):
+            room, last = room * last / coarseness, coarseness
+            inner = [row for row in tops if u.children[row] and self.coarseness[u.modality[row]] == coarseness]
+            while inner and room > 0:
+                order = ranked(-np.abs(self.effect[inner]))
+                chosen, inner = [inner[i] for i in order[:4]], [inner[i] for i in order[4:]]
+                parts = [part for region in chosen for part in u.children[region]][: math.ceil(room)]
+                room -= len(parts)
+                yield from self.single(parts, "screen")
+                inner += [part for part in parts if u.children[part]]
 
     def look_at_embedding(self) -> None:
         """Where the margin has said nothing, as of a model that tells labels alone, go by how far the fusion embedding
@@ -503,6 +513,31 @@ class Hunt:
                 spare = yield from self.put_back(spare, "shrink")
             kept = self.held(pieces)
             pieces = [part for piece in kept for part in u.children[piece]]
+
+    def in_finest(self) -> Asking:
+        """Where the best flip is still large and takes other modalities: grow and shrink one in the finest parts alone.
+
+        It may start from a larger flip and end with a smaller one. By default no modality is the finest: all are.
+        """
+        u = self.universe
+        finest = (self.coarseness == self.coarseness.min())[u.modality[u.atoms]]
+        if not self.large or self.best is None or not (self.best & ~finest).any():
+            return
+        order = ranked(-self.effect[u.atoms])
+        order = order[finest[order]]
+        yield from self.ask([u.union(u.atoms[order[:size]]) for size in GROWTH if size < len(order)], "grow")
+        try:
+            self.go_on_from(np.all(self.sets[: self.known] <= finest, axis=1))
+            yield from self.shrink()
+        finally:
+            self.go_on_from(np.ones(self.known, dtype=bool))
+
+    def go_on_from(self, rows: np.ndarray) -> None:
+        """Take the smallest flip among these rows (P,) for the best, if there is one."""
+        flips = np.flatnonzero(rows & self.flipped[: self.known])
+        if len(flips):
+            row = flips[self.costs[flips].argmin()]
+            self.best, self.bound = self.sets[row].copy(), float(self.costs[row])
 
     def put_back(self, pieces: Sequence[int], phase: str) -> Generator[Ask, list[Response], list[int]]:
         """Put back what can be of some parts of the best flip, alone and then together.

@@ -30,8 +30,8 @@ class Universe:
         atoms: (A,) rows of the atoms.
         named: rows of the regions that a removal may name: all but roots with parts.
         elements: (A,) float, number of elements of each atom.
-        coarseness: how many atoms there would be by default to one that there is, in the modality that is split
-            furthest beyond its default; 1 where none is.
+        coarseness: (M,) of each modality, how many atoms there would be by default to one that there is; 1 unless it
+            is split further than by default.
     """
 
     def __init__(self, sample: AttackedSample, modalities: Sequence[str]):
@@ -71,7 +71,7 @@ class Universe:
         would_be, are = (
             np.bincount(self.modality[rows], minlength=len(self.names)) for rows in (by_default, self.atoms)
         )
-        self.coarseness = float((would_be / are).min())
+        self.coarseness = would_be / are
         # A root with parts is no region that an attack may name.
         self._part = np.array([p >= 0 or not c for p, c in zip(self.parent, self.children, strict=True)])
         self.named = np.flatnonzero(self._part).tolist()
