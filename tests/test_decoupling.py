@@ -1138,7 +1138,7 @@ def test_a_larger_flip_in_the_finest_parts_is_shrunk(needed, smallest, monkeypat
     record = one(model, **options)
     assert_flips_and_is_one_minimal(model, record)
     assert size(record) == smallest
-    monkeypatch.setattr(Hunt, "in_finest", lambda self: iter(()))
+    monkeypatch.setattr(Hunt, "again_in_finest", lambda self: iter(()))
     assert size(one(model, **options)) == 2 * 200
 
 

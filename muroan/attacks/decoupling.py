@@ -57,7 +57,7 @@ class Decoupling(Attack):
        their sets are tried by number; where these cost alike, the first flip is the proven minimum.
     2. *Screen*: single regions, coarse to fine over the region tree, those with the largest effect first; whole
        modalities and their unions too, so that a flip is known where effects alone say nothing. A modality that is
-       split further than by default comes before the others: the smallest flips lie there.
+       split further than by default comes before the others, as smaller flips may lie there.
     3. *Grow and shrink*: where no small flip has turned up, more and more of the regions with the largest effects
        together; then what of the flip can be put back, coarse to fine, in rounds until nothing can. Where that leaves
        a large one, once more in the modality that is split furthest beyond its default, alone.
@@ -269,6 +269,8 @@ class Hunt:
             former are made of the latter.
         best: (A,) the smallest flip so far, None without one; bound: its cost, or what a first flip may cost.
         proven: whether all removals that are cheaper were asked.
+        coarseness: (M,) `Universe.coarseness`; ones where it says nothing of the objective.
+        grown, fine: above this cost a flip is large; below this one, what saving more is worth hardly rises.
         effect: (N,) by how much removing each region alone brings the goal nearer.
     """
 
@@ -416,9 +418,10 @@ class Hunt:
                 yield from self.prove()
         if not self.proven:
             if self.large:
-                yield from self.grow()
+                nearest = self.sets[ranked(self.distances[: self.known])[0]]
+                yield from self.grow(np.ones(len(u.atoms), dtype=bool), (self.sets[0], nearest))
                 yield from self.shrink()
-                yield from self.in_finest()
+                yield from self.again_in_finest()
             yield from self.improve()
 
     def try_cheap(self) -> Asking:
@@ -462,9 +465,9 @@ class Hunt:
         unions = [pick for size in range(2, len(u.roots) + 1) for pick in combinations(u.roots, size)]
         yield from self.ask([u.union(pick) for pick in unions], "screen")
         room = SCREEN * min(self.budget, 500) - self.asked
-        last = self.coarseness.min()
+        before = self.coarseness.min()
         for coarseness in np.unique(self.coarseness):
-            room, last = room * last / coarseness, coarseness
+            room, before = room * before / coarseness, coarseness
             inner = [row for row in tops if u.children[row] and self.coarseness[u.modality[row]] == coarseness]
             while inner and room > 0:
                 order = ranked(-np.abs(self.effect[inner]))
@@ -493,14 +496,14 @@ class Hunt:
         nearer = self.distances[0] * (1 - self.shifts[rows] / 2)
         self.distances[rows] = np.where(self.flipped[rows], self.distances[rows], nearer)
 
-    def grow(self) -> Asking:
-        """Where no small flip is known: more and more of the atoms with the largest effects, by themselves and with
-        the best removal that is known."""
+    def grow(self, among: np.ndarray, bases: Sequence[np.ndarray]) -> Asking:
+        """Where no small flip is known: more and more of some atoms (A,), those with the largest effects first, with
+        each of some removals that are known."""
         u = self.universe
         order = ranked(-self.effect[u.atoms])
-        nearest = self.sets[ranked(self.distances[: self.known])[0]]
+        order = order[among[order]]
         sizes = [size for size in GROWTH if size < len(order)]
-        for base in (self.sets[0], nearest):
+        for base in bases:
             yield from self.ask([base | u.union(u.atoms[order[:size]]) for size in sizes], "grow")
 
     def shrink(self) -> Asking:
@@ -514,7 +517,7 @@ class Hunt:
             kept = self.held(pieces)
             pieces = [part for piece in kept for part in u.children[piece]]
 
-    def in_finest(self) -> Asking:
+    def again_in_finest(self) -> Asking:
         """Where the best flip is still large and takes other modalities: grow and shrink one in the finest parts alone.
 
         It may start from a larger flip and end with a smaller one. By default no modality is the finest: all are.
@@ -523,16 +526,14 @@ class Hunt:
         finest = (self.coarseness == self.coarseness.min())[u.modality[u.atoms]]
         if not self.large or self.best is None or not (self.best & ~finest).any():
             return
-        order = ranked(-self.effect[u.atoms])
-        order = order[finest[order]]
-        yield from self.ask([u.union(u.atoms[order[:size]]) for size in GROWTH if size < len(order)], "grow")
+        yield from self.grow(finest, (self.sets[0],))
         try:
-            self.go_on_from(np.all(self.sets[: self.known] <= finest, axis=1))
+            self.take_smallest(np.all(self.sets[: self.known] <= finest, axis=1))
             yield from self.shrink()
         finally:
-            self.go_on_from(np.ones(self.known, dtype=bool))
+            self.take_smallest(np.ones(self.known, dtype=bool))
 
-    def go_on_from(self, rows: np.ndarray) -> None:
+    def take_smallest(self, rows: np.ndarray) -> None:
         """Take the smallest flip among these rows (P,) for the best, if there is one."""
         flips = np.flatnonzero(rows & self.flipped[: self.known])
         if len(flips):
